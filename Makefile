@@ -1,0 +1,46 @@
+# `make demo` and `make test` work on a fresh clone: each makes .venv, installs the pinned development set, runs.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-long lint format golden wheel-check clean
+
+help: ## say what there is
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "polyattn needs Python 3.11 or newer: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## train a small transformer with inductor and with polyattn, and compare (about 4 minutes)
+	$(BIN)/python examples/demo.py $(DEMO)
+
+test: $(STAMP) ## run the tests, without those marked long
+	$(BIN)/python -m pytest $(TEST)
+
+test-long: $(STAMP) ## run the tests marked long
+	$(BIN)/python -m pytest -m long $(TEST)
+
+lint: $(STAMP) ## linter, formatter, type checker, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## let the linter and the formatter change the files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+golden: $(STAMP) ## accept what the golden tests produce now; read the diff before you commit it
+	POLYATTN_ACCEPT_GOLDEN=1 $(BIN)/python -m pytest -m golden $(TEST)
+
+wheel-check: $(STAMP) ## build sdist and wheel, import every module of the wheel, resolve the entry point
+	$(BIN)/python tests/wheel_check.py
+
+clean: ## remove the environment, caches and outputs
+	rm -rf $(VENV) build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,290 @@
+"""Find attention by meaning: start at the anchor, walk outwards with named axes, check every constant.
+
+Anchors: ``aten.softmax`` / ``aten._softmax`` and ``aten.scaled_dot_product_attention``. From a softmax the walk goes
+forward
+(casts, views, dropout that does nothing) to the contraction with the values, and backward (casts, views, scales,
+masks) to the
+contraction of queries and keys; the operands of the two contractions are q, k and v, whatever produced them. Every
+softmax that feeds a contraction and every SDPA call yields a :class:`Site` or a :class:`Refusal` with reason and
+source line.
+
+Checked on the way, never assumed: the softmax runs over the axis that the values are contracted over; scales are Python
+numbers; masks are provably causal (:mod:`polyattn.passes.masks`) and fill with -inf; no value on the way is used
+elsewhere,
+mutated, down-cast or detached; nothing crosses the border of a ``no_grad`` or autocast region.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from polyattn.passes import axes
+from polyattn.passes.axes import CAST, NotAttention, packet, same_sizes, shape
+from polyattn.passes.context import Context
+from polyattn.passes.masks import argument
+from polyattn.passes.owners import is_paper_form, owners
+from polyattn.passes.scores import (
+    CARRIES,
+    FLOWS,
+    OTHER_PRODUCTS,
+    PRODUCT,
+    Walk,
+    carry,
+    causal_mask,
+    check_upcast,
+    name_of,
+    number,
+    users,
+    walk_back,
+)
+from polyattn.passes.site import Operand, Refusal, Site, named_shape, where
+
+_aten = torch.ops.aten
+SOFTMAX = {_aten.softmax, _aten._softmax, _aten._safe_softmax, _aten.special_softmax}
+SDPA = _aten.scaled_dot_product_attention
+FUSED = {_aten._transformer_encoder_layer_fwd, _aten._native_multi_head_attention}
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Matches:
+    """All sites and refusals of one graph, in graph order."""
+
+    sites: tuple[Site, ...]
+    refusals: tuple[Refusal, ...]
+
+
+def match(graph: fx.Graph, parameters: Iterable[fx.Node] = (), first_index: int = 0) -> Matches:
+    """Sites and refusals of a normalised graph.
+
+    Args:
+        graph: as :func:`polyattn.passes.normalize.normalize` makes it; not changed.
+        parameters: placeholders that hold parameters (the owners of a site are taken from them).
+        first_index: index of the first site.
+    """
+    context = Context(graph, frozenset(parameters))
+    sites: list[Site] = []
+    refusals: list[Refusal] = []
+    for node in graph.nodes:
+        kind = packet(node)
+        try:
+            if kind in FUSED:
+                raise NotAttention(f"{name_of(node)} is one fused operator; train it, or disable the fast path", node)
+            if kind is SDPA:
+                site = _match_sdpa(context, node)
+            elif kind in SOFTMAX and _feeds_product(node):
+                site = _match_softmax(context, node)
+            else:
+                continue
+        except NotAttention as refusal:
+            refusals.append(Refusal(str(refusal), refusal.node.name, where(node)))
+        else:
+            sites.append(dataclasses.replace(site, index=first_index + len(sites)))
+    return Matches(tuple(sites), tuple(refusals))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scaled_dot_product_attention
+
+
+def _match_sdpa(context: Context, node: fx.Node) -> Site:
+    q, k, v = (Operand(argument(node, position, name)) for position, name in enumerate(("query", "key", "value")))
+    dropout = argument(node, 4, "dropout_p", 0.0)
+    if dropout != 0:
+        raise NotAttention(f"dropout_p={dropout} on the attention weights", node)
+    scale = node.kwargs.get("scale")
+    if scale is None:
+        if not isinstance(q.features, int):
+            raise NotAttention("the default scale 1/sqrt(head_dim) depends on a dynamic head dim", node)
+        scale = 1 / math.sqrt(q.features)
+    causal = bool(argument(node, 5, "is_causal", False))
+    mask = argument(node, 3, "attn_mask")
+    if mask is not None:
+        boolean = isinstance(mask, fx.Node) and mask.meta["val"].dtype == torch.bool
+        keep, drop = (True, False) if boolean else (0.0, -math.inf)
+        causal = causal_mask(context, mask, (q.tokens, k.tokens), True, keep, drop, node) or causal
+    grouped = False
+    batch = axes.broadcast(axes.broadcast(q.batch, k.batch) or (), v.batch)
+    if node.kwargs.get("enable_gqa"):
+        grouped = len(q.batch) > 0 and not same_sizes(q.batch[-1:], k.batch[-1:])
+        batch = q.batch
+        if grouped and not (same_sizes(q.batch[:-1], k.batch[:-1]) and same_sizes(k.batch, v.batch)):
+            raise NotAttention("grouped queries with broadcast batch axes", node)
+    return _site(
+        context, node, [], q, k, v, batch, batch, number(scale, node), causal, "scaled_dot_product_attention", grouped
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# softmax between two contractions
+
+
+def _match_softmax(context: Context, softmax: fx.Node) -> Site:
+    rank = len(shape(softmax))
+    dim = int(argument(softmax, 1, "dim"))
+    dim = dim - rank if dim >= 0 else dim
+    if rank < 2 or dim < -2:
+        raise NotAttention(f"the softmax runs over axis {dim} of {rank}, which is neither queries nor keys", softmax)
+    path = [softmax]
+    product, weights_first, key_last = _forward(softmax, dim == -1, path)
+    if weights_first != key_last:
+        raise NotAttention(
+            f"the softmax runs over axis {dim}, but the product with the values sums over the other axis: "
+            "the weights of a query do not add up to one",
+            softmax,
+        )
+    left, right = _operands(product)
+    v = Operand(right) if weights_first else Operand(left, transposed=True)
+    walk = Walk(key_last=dim == -1)
+    scores = walk_back(context, softmax, walk, path)
+    first, second = _operands(scores)
+    rows, columns = Operand(first), Operand(second, transposed=True)
+    q, k = (rows, columns) if walk.key_last else (columns, rows)
+    score_batch = tuple(shape(scores)[:-2])
+    batch = tuple(shape(product)[:-2])
+    weights = product.args[0 if weights_first else 1]
+    assert isinstance(weights, fx.Node)
+    if not same_sizes(tuple(shape(weights)[:-2]), batch):
+        raise NotAttention("the attention weights are broadcast over the values", product)
+    spelling = "softmax(q @ kᵀ" + (" * s" if walk.scaled else "") + (" + causal mask" if walk.causal else "") + ") @ v"
+    if is_paper_form(q.node, k.node, v.node):
+        spelling = spelling.replace("q @ kᵀ", "X W Xᵀ").replace("@ v", "X W_V")
+    if context.autocast(product) is None:
+        _check_precision(softmax, product, path)
+    path.append(scores)
+    site = _site(context, product, path, q, k, v, batch, score_batch, walk.scale, walk.causal, spelling, False)
+    return dataclasses.replace(site, out_transposed=not weights_first, where=where(softmax))
+
+
+def _forward(softmax: fx.Node, key_last: bool, path: list[fx.Node]) -> tuple[fx.Node, bool, bool]:
+    """From the softmax to the contraction with the values: (contraction, weights are its left operand, key axis is
+    last)."""
+    node = softmax
+    while True:
+        readers = users(node)
+        if len(readers) != 1:
+            raise NotAttention("the attention weights are used elsewhere", node)
+        user = readers[0]
+        kind = packet(user)
+        if kind in PRODUCT:
+            if user.args[0] is user.args[1]:
+                raise NotAttention("the attention weights are multiplied by themselves", user)
+            return user, user.args[0] is node, key_last
+        if kind in OTHER_PRODUCTS:
+            raise NotAttention(f"the weights meet the values in {name_of(user)}, which is not matched yet", user)
+        if (kind not in CARRIES and kind is not _aten.expand) or user.args[0] is not node:
+            raise NotAttention(f"the attention weights pass through {name_of(user)} before they meet the values", user)
+        if kind in CAST and not user.meta["val"].dtype.is_floating_point:
+            raise NotAttention(f"the attention weights are cast to {user.meta['val'].dtype}", user)
+        key_last ^= carry(user, node, "weights")
+        path.append(user)
+        node = user
+
+
+def _check_precision(softmax: fx.Node, product: fx.Node, path: list[fx.Node]) -> None:
+    """The softmax is at least as precise as the scores, and the weights as the output."""
+    source = softmax.args[0]
+    assert isinstance(source, fx.Node)
+    check_upcast(source, softmax)
+    for node in path[path.index(softmax) :]:
+        if packet(node) in CAST and node.meta["val"].dtype.itemsize < product.meta["val"].dtype.itemsize:
+            raise NotAttention(f"the attention weights are rounded to {node.meta['val'].dtype}", node)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# shared
+
+
+def _site(
+    context: Context,
+    out: fx.Node,
+    path: list[fx.Node],
+    q: Operand,
+    k: Operand,
+    v: Operand,
+    batch: tuple[Any, ...] | None,
+    score_batch: tuple[Any, ...] | None,
+    scale: float,
+    causal: bool,
+    spelling: str,
+    grouped: bool,
+) -> Site:
+    """The last checks (dtypes, regions, mutation), then the site."""
+    if batch is None or score_batch is None:
+        raise NotAttention("the batch axes of q, k and v do not broadcast in a way that is known when compiling", out)
+    context.check_one_region([*path, out], out)
+    context.check_stable(path, (q.node, k.node, v.node), out)
+    cast = context.autocast(out)
+    dtypes = [operand.value.dtype for operand in (q, k, v)] + [out.meta["val"].dtype]
+    if any(dtype not in DTYPES for dtype in dtypes):
+        raise NotAttention(f"attention in {', '.join(sorted({str(d) for d in dtypes}))}", out)
+    if cast is None and len(set(dtypes)) != 1:
+        raise NotAttention(f"q, k, v and the output have different dtypes: {', '.join(map(str, dtypes))}", out)
+    heads = batch[-1] if batch else 1
+    rest = batch[:-1]
+    whole = (
+        rest[0]
+        if len(rest) == 1
+        else math.prod(rest)
+        if all(isinstance(s, int) for s in rest)
+        else "*".join(map(str, rest))
+    )
+    sizes = named_shape(
+        batch=whole,
+        heads=heads,
+        kv_heads=k.batch[-1] if grouped else heads,
+        n_q=q.tokens,
+        n_k=k.tokens,
+        d=q.features,
+        e=v.features,
+    )
+    return Site(
+        index=0,
+        q=q,
+        k=k,
+        v=v,
+        out=out,
+        out_transposed=False,
+        batch=batch,
+        score_batch=score_batch,
+        grouped=grouped,
+        scale=scale,
+        causal=causal,
+        mask="causal" if causal else "none",
+        where=where(out),
+        spelling=spelling,
+        owners=owners(q.node, k.node, context.parameters),
+        shape=sizes,
+        cast=cast,
+    )
+
+
+def _operands(product: fx.Node) -> tuple[fx.Node, fx.Node]:
+    left, right = product.args[0], product.args[1]
+    assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
+    if len(shape(left)) < 2 or len(shape(right)) < 2:
+        raise NotAttention("one side of the product is a vector", product)
+    return left, right
+
+
+def _feeds_product(softmax: fx.Node) -> bool:
+    """Whether the softmax reaches a contraction through operators that carry it."""
+    seen: set[fx.Node] = set()
+    stack = list(softmax.users)
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        kind = packet(node)
+        if kind in PRODUCT or kind in OTHER_PRODUCTS:
+            return True
+        if kind in FLOWS:
+            stack.extend(node.users)
+    return False

@@ -1,0 +1,83 @@
+"""The order of passes, on one screen.
+
+    Dynamo graph ─ normalize ─▶ aten graph ─ match ─▶ sites, refusals ─ splice ─▶ aten graph with polyattn::attention
+
+Bodies of activation checkpointing are matched and spliced like the graph that calls them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from polyattn.passes.match import match
+from polyattn.passes.normalize import checkpoint_body, normalize
+from polyattn.passes.site import Refusal, Site
+from polyattn.passes.splice import splice
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A graph after all passes."""
+
+    graph: fx.GraphModule | None
+    """The spliced graph; None when nothing was spliced (then the untouched graph is the one to run)."""
+    sites: tuple[tuple[str, Site], ...]
+    """Identifier and site."""
+    refusals: tuple[Refusal, ...]
+
+
+def run(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    op: Callable[..., Any],
+    graph_id: str,
+    options: str,
+    version: str,
+) -> Result:
+    """All passes over a Dynamo graph, which is not changed. Arguments: see :func:`polyattn.passes.splice.splice`."""
+    normal = normalize(gm, example_inputs)
+    sites: list[tuple[str, Site]] = []
+    refusals: list[Refusal] = []
+    for module, parameters in _graphs(normal, _parameters(normal, example_inputs)):
+        found = match(module.graph, parameters, first_index=len(sites))
+        refusals.extend(found.refusals)
+        for site in found.sites:
+            sites.append((f"{graph_id}/{site.index}", site))
+        # later sites first: an operand of a later site may be the output of an earlier one, which splicing replaces
+        for site in reversed(found.sites):
+            splice(site, op, f"{graph_id}/{site.index}", options, version)
+        module.graph.lint()
+        module.recompile()
+    return Result(normal if sites else None, tuple(sites), tuple(refusals))
+
+
+def _parameters(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> frozenset[fx.Node]:
+    """Nodes that hold parameters: inputs that are parameters or leaves that require grad, and attributes likewise."""
+    nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    found = {node for node, value in zip(nodes, example_inputs, strict=True) if _is_parameter(value)}
+    for node in gm.graph.nodes:
+        if node.op == "get_attr" and isinstance(getattr(gm, str(node.target), None), torch.nn.Parameter):
+            found.add(node)
+    return frozenset(found)
+
+
+def _is_parameter(value: Any) -> bool:
+    return isinstance(value, torch.nn.Parameter)
+
+
+def _graphs(gm: fx.GraphModule, parameters: frozenset[fx.Node]) -> list[tuple[fx.GraphModule, frozenset[fx.Node]]]:
+    """The graph and the checkpointed bodies in it, innermost last, each with the nodes that hold parameters."""
+    found = [(gm, parameters)]
+    for node in gm.graph.nodes:
+        body = checkpoint_body(node)
+        if body is not None:
+            inner = [inside for inside in body.graph.nodes if inside.op == "placeholder"]
+            held = {inside for inside, outside in zip(inner, node.args[1:], strict=False) if outside in parameters}
+            found.extend(_graphs(body, frozenset(held)))
+    return found

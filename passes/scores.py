@@ -1,0 +1,232 @@
+"""The walk from a softmax back to the product of queries and keys: scales and masks are read on the way.
+
+Scales must be Python numbers, masks provably causal and -inf, casts upward; whatever else stands there is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from polyattn.passes import axes, masks
+from polyattn.passes.axes import CAST, REGROUP, SAME, TRANSPOSE, NotAttention, packet, same_sizes, shape
+from polyattn.passes.context import Context
+from polyattn.passes.masks import Unprovable, argument
+
+_aten = torch.ops.aten
+PRODUCT = {_aten.matmul, _aten.mm, _aten.bmm}
+OTHER_PRODUCTS = {
+    _aten.einsum,
+    _aten.baddbmm,
+    _aten.addmm,
+    _aten.addbmm,
+    _aten.linear,
+    _aten.mv,
+    _aten.tensordot,
+    _aten.dot,
+}
+DROPOUT = {_aten.dropout, _aten.native_dropout, _aten.dropout_, _aten.feature_dropout, _aten.alpha_dropout}
+CARRIES = SAME | CAST | REGROUP | TRANSPOSE | DROPOUT
+FLOWS = CARRIES | {
+    _aten.expand,
+    _aten.mul,
+    _aten.div,
+    _aten.add,
+    _aten.sub,
+    _aten.masked_fill,
+    _aten.where,
+    _aten.slice,
+}
+
+
+@dataclasses.dataclass
+class Walk:
+    """State of the walk from the softmax back to the scores."""
+
+    key_last: bool
+    scale: float = 1.0
+    scaled: bool = False
+    causal: bool = False
+
+
+def walk_back(context: Context, softmax: fx.Node, walk: Walk, path: list[fx.Node]) -> fx.Node:
+    """From the softmax to the contraction of queries and keys; scale and mask are collected in ``walk``."""
+    node, user = softmax.args[0], softmax
+    while True:
+        if not isinstance(node, fx.Node) or node.op != "call_function":
+            raise NotAttention("the scores are an input, not a product of queries and keys", user)
+        if len(users(node)) != 1:
+            raise NotAttention("the attention scores are used elsewhere", node)
+        kind = packet(node)
+        if kind in PRODUCT:
+            return node
+        if kind in OTHER_PRODUCTS:
+            raise NotAttention(f"the scores are made by {name_of(node)}, which is not matched yet", node)
+        path.append(node)
+        user = node
+        if kind in CARRIES or kind is _aten.expand:
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            if kind in CAST and context.autocast(node) is None:
+                check_upcast(source, node)
+            walk.key_last ^= carry(node, source, "scores")
+            node = source
+        elif kind in (_aten.mul, _aten.div):
+            node = _scale(node, walk)
+        elif kind in (_aten.add, _aten.sub):
+            node = _added_mask(context, node, walk)
+        elif kind in (_aten.masked_fill, _aten.where):
+            node = _filled_mask(context, node, walk)
+        else:
+            raise NotAttention(f"the scores pass through {name_of(node)}, which is not part of softmax attention", node)
+
+
+def carry(node: fx.Node, source: fx.Node, what: str) -> bool:
+    """Whether a view, cast or idle dropout exchanges the query and key axes; refuses everything that moves them
+    otherwise."""
+    kind = packet(node)
+    if kind in TRANSPOSE:
+        swapped = axes.swaps_pair(node)
+        if swapped is None:
+            raise NotAttention(f"the axes of the attention {what} are permuted", node)
+        return swapped
+    if kind in REGROUP and not axes.keeps_pair(source, node):
+        raise NotAttention(f"a view mixes the query and key axes of the attention {what}", node)
+    if kind is _aten.expand and not same_sizes(shape(source), shape(node)):
+        raise NotAttention(f"the attention {what} are expanded", node)
+    if kind in DROPOUT:
+        rate, train = argument(node, 1, "p"), argument(node, 2, "train")
+        if train and rate != 0:
+            raise NotAttention(f"dropout with p={rate} on the attention {what}", node)
+    return False
+
+
+def check_upcast(source: fx.Node, node: fx.Node) -> None:
+    old, new = source.meta["val"].dtype, node.meta["val"].dtype
+    if not new.is_floating_point or new.itemsize < old.itemsize or (new.itemsize == old.itemsize and new != old):
+        raise NotAttention(f"the scores are cast from {old} to {new}", node)
+
+
+def _scale(node: fx.Node, walk: Walk) -> fx.Node:
+    left, right = node.args[0], node.args[1]
+    if packet(node) is _aten.mul and not isinstance(left, fx.Node):
+        left, right = right, left
+    if len(node.args) > 2 or node.kwargs.get("rounding_mode") is not None:
+        raise NotAttention("the scores are divided with rounding", node)
+    if isinstance(right, fx.Node):
+        if torch.is_tensor(right.meta.get("val")):
+            raise NotAttention("the scores are scaled by a tensor, not by a number", node)
+        raise NotAttention("the scale depends on a dynamic size", node)
+    factor = number(right, node)
+    if not isinstance(left, fx.Node):
+        raise NotAttention("a number is divided by the scores", node)
+    if packet(node) is _aten.div and factor == 0:
+        raise NotAttention("the scores are divided by zero", node)
+    walk.scale = walk.scale * factor if packet(node) is _aten.mul else walk.scale / factor
+    walk.scaled = True
+    return left
+
+
+def number(value: Any, node: fx.Node) -> float:
+    """A finite Python number as a float; anything else is refused."""
+    if isinstance(value, fx.Node):
+        raise NotAttention("the scale depends on a dynamic size", node)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise NotAttention(f"the scale is {value}", node)
+    return float(value)
+
+
+def _added_mask(context: Context, node: fx.Node, walk: Walk) -> fx.Node:
+    left, right = node.args[0], node.args[1]
+    if packet(node) is _aten.sub or node.kwargs.get("alpha", 1) != 1:
+        raise NotAttention(f"the scores pass through {name_of(node)}, which is not part of softmax attention", node)
+    scores, mask = (right, left) if _makes_scores(right) and not _makes_scores(left) else (left, right)
+    if not isinstance(scores, fx.Node) or not isinstance(mask, fx.Node):
+        raise NotAttention("a number is added to the scores", node)
+    _masked(context, walk, mask, node, scores, 0.0, -math.inf)
+    return scores
+
+
+def _filled_mask(context: Context, node: fx.Node, walk: Walk) -> fx.Node:
+    if packet(node) is _aten.masked_fill:
+        scores, mask, value, keep = node.args[0], node.args[1], node.args[2], False
+    else:
+        mask, scores, value = node.args[0], node.args[1], node.args[2]
+        keep = True
+        if not _makes_scores(scores):
+            scores, value, keep = value, scores, False
+    if isinstance(value, fx.Node):
+        try:
+            constant = masks.step(value)
+        except Unprovable:
+            constant = None
+        context.check_unmutated(value, node)
+        value = constant.pieces[0][1] if constant is not None and constant.is_constant else "a tensor"
+    if value != -math.inf:
+        raise NotAttention(f"masked scores are set to {value}, not to -inf", node)
+    if not isinstance(scores, fx.Node):
+        raise NotAttention("where() does not choose between the scores and -inf", node)
+    _masked(context, walk, mask, node, scores, keep, not keep)
+    return scores
+
+
+def _masked(context: Context, walk: Walk, mask: Any, node: fx.Node, scores: fx.Node, keep: Any, drop: Any) -> None:
+    if walk.scale <= 0:
+        raise NotAttention(f"a mask is multiplied by {walk.scale}", node)
+    if not same_sizes(shape(scores), shape(node)):
+        raise NotAttention("the mask broadcasts the scores", node)
+    walk.causal |= causal_mask(context, mask, tuple(shape(scores)[-2:]), walk.key_last, keep, drop, node)
+
+
+def causal_mask(
+    context: Context, mask: Any, pair: tuple[Any, ...], key_last: bool, keep: Any, drop: Any, node: fx.Node
+) -> bool:
+    """True: the mask is causal; False: it hides nothing. Anything else is refused."""
+    try:
+        value = masks.step(mask)
+    except Unprovable as reason:
+        raise NotAttention(str(reason), node) from None
+    context.check_unmutated(mask, node)
+    if isinstance(keep, bool) and isinstance(mask, fx.Node) and mask.meta["val"].dtype != torch.bool:
+        raise NotAttention(f"the mask is {mask.meta['val'].dtype}, not bool", node)
+    if not value.is_constant and not (isinstance(mask, fx.Node) and same_sizes(shape(mask)[-2:], pair)):
+        raise NotAttention("the mask is broadcast along its query or key axis", node)
+    verdict = masks.causal(value if key_last else value.transposed(), keep=keep, drop=drop)
+    if verdict is None:
+        raise NotAttention(f"the mask is not causal: {masks.describe(value)}", node)
+    return verdict
+
+
+def _makes_scores(node: Any) -> bool:
+    """Whether a value comes from a contraction through operators that carry scores."""
+    while isinstance(node, fx.Node):
+        kind = packet(node)
+        if kind in PRODUCT or kind in OTHER_PRODUCTS:
+            return True
+        if kind not in FLOWS:
+            return False
+        sources = [value for value in node.args if isinstance(value, fx.Node)]
+        if kind is _aten.where:
+            return any(_makes_scores(value) for value in sources[1:])
+        if len(sources) > 1 and kind in (_aten.add, _aten.mul):
+            return any(_makes_scores(value) for value in sources)
+        node = sources[0] if sources else None
+    return False
+
+
+_SIZE_QUERIES = {_aten.sym_size, _aten.sym_stride, _aten.sym_numel, _aten.sym_storage_offset}
+
+
+def users(node: fx.Node) -> list[fx.Node]:
+    """Who reads a node; queries of its size do not count."""
+    return [user for user in node.users if packet(user) not in _SIZE_QUERIES]
+
+
+def name_of(node: fx.Node) -> str:
+    """The operator of a node, for reasons."""
+    kind = packet(node)
+    return str(kind).removeprefix("aten.") if kind is not None else str(getattr(node.target, "__name__", node.target))

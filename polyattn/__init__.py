@@ -1,0 +1,97 @@
+"""polyattn: softmax attention of unmodified models, rewritten to low rank, forward and backward.
+
+    torch.compile(model, backend="polyattn", options={...})     # no import needed
+    polyattn.explain(model, *inputs)                            # what happened, and why
+    polyattn.attention(q, k, v, causal=True)                    # the same as a function
+
+Names are imported when they are first used: importing ``polyattn`` loads neither torch nor any layer.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from polyattn.backend import reports, reset
+    from polyattn.errors import (
+        DeviceError,
+        DoubleBackwardError,
+        DtypeError,
+        EmitError,
+        ExpectSitesError,
+        LiftError,
+        OptionValueError,
+        PolyattnError,
+        RewriteError,
+        ScheduleError,
+        ShapeError,
+        UnknownOptionError,
+    )
+    from polyattn.explain import explain
+    from polyattn.ops import attention
+    from polyattn.options import Options
+    from polyattn.passes.site import Refusal
+    from polyattn.report import Report, SiteReport
+
+_HOME = {
+    "reports": "polyattn.backend",
+    "reset": "polyattn.backend",
+    "explain": "polyattn.explain",
+    "attention": "polyattn.ops",
+    "Options": "polyattn.options",
+    "Refusal": "polyattn.passes.site",
+    "Report": "polyattn.report",
+    "SiteReport": "polyattn.report",
+    "DeviceError": "polyattn.errors",
+    "DoubleBackwardError": "polyattn.errors",
+    "DtypeError": "polyattn.errors",
+    "EmitError": "polyattn.errors",
+    "ExpectSitesError": "polyattn.errors",
+    "LiftError": "polyattn.errors",
+    "OptionValueError": "polyattn.errors",
+    "PolyattnError": "polyattn.errors",
+    "RewriteError": "polyattn.errors",
+    "ScheduleError": "polyattn.errors",
+    "ShapeError": "polyattn.errors",
+    "UnknownOptionError": "polyattn.errors",
+}
+
+__all__ = [
+    "DeviceError",
+    "DoubleBackwardError",
+    "DtypeError",
+    "EmitError",
+    "ExpectSitesError",
+    "LiftError",
+    "OptionValueError",
+    "Options",
+    "PolyattnError",
+    "Refusal",
+    "Report",
+    "RewriteError",
+    "ScheduleError",
+    "ShapeError",
+    "SiteReport",
+    "UnknownOptionError",
+    "__version__",
+    "attention",
+    "explain",
+    "reports",
+    "reset",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'polyattn' has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value  # a submodule of the same name (explain) would otherwise take its place
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

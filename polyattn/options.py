@@ -1,0 +1,129 @@
+"""The options of polyattn: one frozen dataclass, every field documented, checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from polyattn.errors import OptionValueError, UnknownOptionError
+
+Policy = Literal["auto", "low_rank", "exact"]
+Features = Literal["auto", "polynomial", "skeleton"]
+Gradient = Literal["auto", "consistent", "substituted"]
+Inner = Literal["inductor", "eager"]
+
+MAX_DEGREE = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of ``torch.compile(model, backend="polyattn", options={...})`` and ``polyattn.attention``.
+
+    Raises:
+        OptionValueError: a value lies outside its domain; the message names the domain.
+    """
+
+    tolerance: float = 2e-2
+    """Additive bound on a row of the output: ``|õ_i - o_i| <= tolerance * max_j |v_j - mean(v)|`` (math.md §5)."""
+    relative_tolerance: float = 0.1
+    """Bound on ``RMS_i |õ_i - o_i| / RMS_i |o_i - mean(v)|``: the part that is not mean pooling (math.md §5)."""
+    gradient_tolerance: float = 0.1
+    """Bound on the relative Frobenius error of dQ, dK and dV; recorded for the planner, not yet enforced."""
+    policy: Policy = "auto"
+    """``auto``: low rank where it is cheaper and an audit holds; ``low_rank``: always; ``exact``: only fuse."""
+    features: Features = "auto"
+    """Family of feature maps. ``auto`` means ``polynomial``, the only family so far; ``skeleton`` is refused."""
+    degree: int | None = None
+    """Degree of the polynomial in place of exp, 1 to 4; None means 2."""
+    rank: int | None = None
+    """Number of features of families whose rank is free; must be None for polynomials (the degree fixes it)."""
+    gradient: Gradient = "auto"
+    """``consistent``: exact gradient of the function computed; ``substituted``: the low-rank form put into exact
+    attention's gradient (the paper); ``auto`` means ``consistent``."""
+    causal_chunk: int | None = None
+    """Tokens per chunk under a causal mask (exact exp inside a chunk); None chooses one near the rank."""
+    audit_rows: int = 64
+    """Rows per site that are computed exactly at first use and compared (0: no audit; ``auto`` then stays exact)."""
+    audit_every: int = 0
+    """Audit again every so many calls of a site; 0: only at first use. Values above 0 are not supported yet."""
+    inner: Inner = "inductor"
+    """Compiler of everything around the attention."""
+    inner_options: Mapping[str, Any] | None = None
+    """Options handed to inductor, e.g. ``{"mode": "max-autotune"}`` (torch.compile refuses mode= beside options=)."""
+    expect_sites: int | None = None
+    """Raise ExpectSitesError when a compiled graph holds fewer attention sites than this."""
+    seed: int = 0
+    """Seed of polyattn's own random choices (audit rows); torch's generators are never touched."""
+
+    def __post_init__(self) -> None:
+        for name, kind in (("policy", Policy), ("features", Features), ("gradient", Gradient), ("inner", Inner)):
+            _check(name, getattr(self, name) in get_args(kind), getattr(self, name), f"one of {get_args(kind)}")
+        _check("features", self.features != "skeleton", self.features, "'auto' or 'polynomial' in this version")
+        for name in ("tolerance", "relative_tolerance", "gradient_tolerance"):
+            value = getattr(self, name)
+            _check(name, isinstance(value, (int, float)) and value > 0, value, "a positive number")
+        _check(
+            "degree",
+            self.degree is None or (_is_int(self.degree) and 1 <= self.degree <= MAX_DEGREE),
+            self.degree,
+            f"an integer from 1 to {MAX_DEGREE}, or None; a higher degree needs too many features "
+            "(C(head_dim + degree, degree)), use policy='exact' instead",
+        )
+        _check("rank", self.rank is None, self.rank, "None: the degree fixes the rank of polynomial features")
+        chunk = self.causal_chunk
+        _check("causal_chunk", chunk is None or (_is_int(chunk) and chunk >= 1), chunk, "a positive integer or None")
+        _check("audit_rows", _is_int(self.audit_rows) and self.audit_rows >= 0, self.audit_rows, "an integer >= 0")
+        _check("audit_every", self.audit_every == 0, self.audit_every, "0: repeated audits are not supported yet")
+        sites = self.expect_sites
+        _check("expect_sites", sites is None or (_is_int(sites) and sites >= 0), sites, "an integer >= 0 or None")
+        _check("seed", _is_int(self.seed), self.seed, "an integer")
+
+    @classmethod
+    def make(cls, options: Options | Mapping[str, Any] | None) -> Options:
+        """Options from a mapping (or as they are).
+
+        Raises:
+            UnknownOptionError: a name that is not a field; the message names the closest one.
+            OptionValueError: a value outside its domain.
+        """
+        if options is None:
+            return cls()
+        if isinstance(options, Options):
+            return options
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"the options are {', '.join(known)}"
+                raise UnknownOptionError(f"polyattn has no option {name!r}; {hint}")
+        return cls(**options)
+
+    @property
+    def resolved_degree(self) -> int:
+        return 2 if self.degree is None else self.degree
+
+    @property
+    def resolved_gradient(self) -> Literal["consistent", "substituted"]:
+        return "substituted" if self.gradient == "substituted" else "consistent"
+
+    def key(self) -> str:
+        """The fields that change what a site computes, as canonical JSON: the ``options`` argument of the ops."""
+        skip = {"inner", "inner_options", "expect_sites"}
+        return json.dumps({k: v for k, v in dataclasses.asdict(self).items() if k not in skip}, sort_keys=True)
+
+    @classmethod
+    def from_key(cls, key: str) -> Options:
+        """The inverse of :meth:`key`."""
+        return cls(**json.loads(key))
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check(name: str, good: bool, value: object, domain: str) -> None:
+    if not good:
+        raise OptionValueError(f"polyattn option {name}={value!r}: it must be {domain}")

@@ -1,0 +1,310 @@
+"""What happened to the attention of a compiled graph, for people (``str``, ``to_html``) and for programs
+(``to_dict``)."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+from polyattn.options import Options
+from polyattn.passes.site import Refusal, Site
+
+if TYPE_CHECKING:
+    import torch.fx as fx
+
+    from polyattn.guard import SiteState
+
+UNDECIDED = "the graph has not run yet"
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteReport:
+    """One attention site. What compiling knows is stored; what running knows is looked up when asked.
+
+    A compiled block may serve many layers: each has a state of its own (``states``). Single values (``verdict``,
+    ``error``,
+    ...) speak for the *worst* state: an exact one before a low-rank one, then the largest error.
+    """
+
+    identifier: str
+    """Unique in this process: ``graph/index``."""
+    where: str
+    """``file.py:123, in forward``."""
+    spelling: str
+    """How the model writes it, for example ``softmax(q @ kᵀ * s) @ v``."""
+    causal: bool
+    mask: str
+    """``none`` or ``causal``."""
+    scale: float
+    compiled_shape: dict[str, int | str]
+    """Sizes by name when compiled; symbolic ones as text."""
+    options: Options
+
+    @classmethod
+    def of(cls, identifier: str, site: Site, options: Options) -> SiteReport:
+        return cls(identifier, site.where, site.spelling, site.causal, site.mask, site.scale, site.shape, options)
+
+    @property
+    def states(self) -> tuple[SiteState, ...]:
+        """Run-time states, one for each set of parameters that feeds this site; empty before the first run."""
+        from polyattn import guard
+
+        return tuple(guard.states(self.identifier))
+
+    @property
+    def worst(self) -> SiteState | None:
+        return max(self.states, key=lambda state: (state.verdict == "exact", state.error or 0.0), default=None)
+
+    def _of_worst(self, name: str, default: Any) -> Any:
+        state = self.worst
+        return default if state is None else getattr(state, name)
+
+    @property
+    def verdict(self) -> str:
+        """``low_rank``, ``exact`` or ``undecided`` (before the first run)."""
+        return str(self._of_worst("verdict", "undecided"))
+
+    @property
+    def reason(self) -> str:
+        return str(self._of_worst("reason", UNDECIDED))
+
+    @property
+    def degree(self) -> int | None:
+        value: int | None = self._of_worst("degree", None)
+        return value
+
+    @property
+    def rank(self) -> int | None:
+        value: int | None = self._of_worst("rank", None)
+        return value
+
+    @property
+    def gradient(self) -> str:
+        return str(self._of_worst("gradient", self.options.resolved_gradient))
+
+    @property
+    def tolerance(self) -> float:
+        return self.options.tolerance
+
+    @property
+    def error(self) -> float | None:
+        """Worst audited row, in the additive unit; None when nothing was measured."""
+        value: float | None = self._of_worst("error", None)
+        return value
+
+    @property
+    def relative_error(self) -> float | None:
+        value: float | None = self._of_worst("relative_error", None)
+        return value
+
+    @property
+    def guarantee(self) -> str:
+        """``proved``, ``audited`` (on sampled rows of the audited call), ``exact`` or ``none``."""
+        return str(self._of_worst("guarantee", "none"))
+
+    @property
+    def flops_before(self) -> int | None:
+        """FLOPs of exact attention, forward and backward, at the shape of the last run."""
+        value: int | None = self._of_worst("flops_before", None)
+        return value
+
+    @property
+    def flops_after(self) -> int | None:
+        value: int | None = self._of_worst("flops_after", None)
+        return value
+
+    @property
+    def shape(self) -> dict[str, int | str]:
+        """Sizes by name: batch, heads, kv_heads, n_q, n_k, d, e; those of a run once there was one."""
+        value: dict[str, int | str] = dict(self._of_worst("shape", self.compiled_shape))
+        return value
+
+    @property
+    def shape_text(self) -> str:
+        return " ".join(f"{name}={size}" for name, size in self.shape.items())
+
+    @property
+    def derivation(self) -> str:
+        """The readable log of the rewrite, step by step; empty for a site that is not low rank."""
+        if self.verdict != "low_rank" or self.degree is None:
+            return ""
+        from polyattn.passes import derive
+
+        return str(derive.derivation(causal=self.causal, degree=self.degree, gradient=self.gradient))
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """Emitted sources by name; empty for a site that is not low rank."""
+        if self.verdict != "low_rank" or self.degree is None:
+            return {}
+        from polyattn.passes import derive
+
+        return dict(derive.kernels(causal=self.causal, degree=self.degree, gradient=self.gradient))
+
+    def _graphs(self) -> tuple[fx.GraphModule | None, fx.GraphModule | None]:
+        if self.verdict != "low_rank" or self.degree is None:
+            return None, None
+        from polyattn.passes import derive
+
+        forward, backward = derive.graphs(
+            causal=self.causal, degree=self.degree, gradient=self.gradient, shape=self.shape
+        )
+        return forward, backward
+
+    @property
+    def forward_graph(self) -> fx.GraphModule | None:
+        """The rewritten forward as a runnable graph; None for a site that is not low rank."""
+        return self._graphs()[0]
+
+    @property
+    def backward_graph(self) -> fx.GraphModule | None:
+        """The rewritten backward as a runnable graph; None for a site that is not low rank."""
+        return self._graphs()[1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but graphs and sources, JSON-serialisable; the state of this moment."""
+        return {
+            "id": self.identifier,
+            "where": self.where,
+            "spelling": self.spelling,
+            "causal": self.causal,
+            "mask": self.mask,
+            "scale": self.scale,
+            "shape": self.shape,
+            "verdict": self.verdict,
+            "reason": self.reason,
+            "degree": self.degree,
+            "rank": self.rank,
+            "gradient": self.gradient,
+            "tolerance": self.tolerance,
+            "error": self.error,
+            "relative_error": self.relative_error,
+            "guarantee": self.guarantee,
+            "flops_before": self.flops_before,
+            "flops_after": self.flops_after,
+            "states": [_state_dict(state) for state in self.states],
+        }
+
+    def __str__(self) -> str:
+        lines = [self.where, f"  {self.spelling}", f"  {self.shape_text}   scale={self.scale:.6g}   mask={self.mask}"]
+        states = self.states
+        if not states:
+            lines.append(f"  undecided: {UNDECIDED}")
+        for number, state in enumerate(states):
+            lines.extend(_state_lines(state, self.tolerance, f"layer {number}: " if len(states) > 1 else ""))
+        return "\n".join(lines)
+
+
+_STATE_FIELDS = (
+    "verdict", "reason", "degree", "rank", "chunk", "gradient", "error", "relative_error", "guarantee", "shape",
+    "flops_before", "flops_after", "calls", "exact_rows",
+)  # fmt: skip
+
+
+def _state_dict(state: SiteState) -> dict[str, Any]:
+    return {name: getattr(state, name) for name in _STATE_FIELDS}
+
+
+def _state_lines(state: SiteState, tolerance: float, label: str) -> list[str]:
+    head = f"{label}{state.verdict.upper().replace('_', ' ')}"
+    if state.verdict == "low_rank":
+        head += f", degree {state.degree}, rank {state.rank}, {state.gradient} gradient"
+    lines = textwrap.wrap(f"{head}: {state.reason}", 110, initial_indent="  ", subsequent_indent="    ")
+    if state.flops_before:
+        lines.append(f"    FLOPs {_count(state.flops_before)} → {_count(state.flops_after)}{_ratio(state)}")
+    if state.error is not None:
+        relative = f", relative {state.relative_error:.2e}" if state.relative_error is not None else ""
+        lines.append(f"    error {state.error:.2e} of {tolerance:g} allowed{relative}; guarantee: {_guarantee(state)}")
+    else:
+        lines.append(f"    guarantee: {_guarantee(state)}")
+    return lines
+
+
+def _guarantee(state: SiteState) -> str:
+    if state.guarantee == "audited":
+        return f"audited on sampled rows of one call out of {state.calls}; it does not bound every row"
+    return str(state.guarantee)
+
+
+def _ratio(state: SiteState) -> str:
+    if state.flops_after <= 0 or state.verdict == "exact":
+        return ""
+    ratio = state.flops_before / state.flops_after
+    return f" ({ratio:.3g}x fewer)" if ratio >= 1 else f" ({1 / ratio:.3g}x more)"
+
+
+def _count(flops: float) -> str:
+    for unit in ("", "K", "M", "G", "T"):
+        if flops < 1000:
+            return f"{flops:.3g}{unit}"
+        flops /= 1000
+    return f"{flops:.4g}P"
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The attention of one compiled graph (or, from :func:`polyattn.explain`, of all graphs of a model)."""
+
+    graph_id: str = ""
+    options: Options = dataclasses.field(default_factory=Options)
+    sites: tuple[SiteReport, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    failure: str | None = None
+    """Why polyattn left the graph untouched after an error of its own; None when all went well."""
+    graphs: int = 1
+    """Number of graphs: more than one means graph breaks."""
+
+    @classmethod
+    def merged(cls, reports: list[Report], options: Options) -> Report:
+        """One report for several graphs."""
+        return cls(
+            graph_id="+".join(report.graph_id for report in reports),
+            options=options,
+            sites=tuple(site for report in reports for site in report.sites),
+            refusals=tuple(refusal for report in reports for refusal in report.refusals),
+            failure="; ".join(report.failure for report in reports if report.failure) or None,
+            graphs=len(reports),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable; the state of this moment."""
+        return {
+            "graph": self.graph_id,
+            "graphs": self.graphs,
+            "policy": self.options.policy,
+            "sites": [site.to_dict() for site in self.sites],
+            "refusals": [dataclasses.asdict(refusal) for refusal in self.refusals],
+            "failure": self.failure,
+        }
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write a self-contained page: the report, with derivations and kernels to unfold."""
+        from polyattn.page import render
+
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(render(self))
+
+    def summary(self) -> str:
+        """One line."""
+        verdicts = [site.verdict for site in self.sites]
+        counts = [
+            f"{verdicts.count(v)} {v.replace('_', ' ')}" for v in ("low_rank", "exact", "undecided") if v in verdicts
+        ]
+        graphs = "1 graph" if self.graphs == 1 else f"{self.graphs} graphs"
+        sites = f"{len(self.sites)} attention site{'' if len(self.sites) == 1 else 's'}"
+        refused = f", {len(self.refusals)} refused" if self.refusals else ""
+        return f"polyattn: {sites}{' (' + ', '.join(counts) + ')' if counts else ''}{refused} in {graphs}"
+
+    def __str__(self) -> str:
+        parts = [self.summary()]
+        if self.failure:
+            parts.append(f"FAILED, the model runs unchanged: {self.failure}")
+        for number, site in enumerate(self.sites, start=1):
+            parts.append(textwrap.indent(str(site), "    ").replace("    ", f"{number:>3} ", 1))
+        for refusal in self.refusals:
+            parts.append(f"  - {refusal.where}\n      REFUSED, left as it was: {refusal.reason}  [{refusal.node}]")
+        if not self.sites and not self.refusals and not self.failure:
+            parts.append("  no softmax here feeds a product: there is no attention to rewrite")
+        return "\n".join(parts)
