@@ -75,7 +75,10 @@ def match(graph: fx.Graph, parameters: Iterable[fx.Node] = (), first_index: int 
         kind = packet(node)
         try:
             if kind in FUSED:
-                raise NotAttention(f"{name_of(node)} is one fused operator; train it, or disable the fast path", node)
+                raise NotAttention(
+                    f"{name_of(node)} is one fused operator; torch.backends.mha.set_fastpath_enabled(False) opens it",
+                    node,
+                )
             if kind is SDPA:
                 site = _match_sdpa(context, node)
             elif kind in SOFTMAX and _feeds_product(node):
@@ -267,7 +270,8 @@ def _site(
 
 def _operands(product: fx.Node) -> tuple[fx.Node, fx.Node]:
     left, right = product.args[0], product.args[1]
-    assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
+    assert isinstance(left, fx.Node)
+    assert isinstance(right, fx.Node)
     if len(shape(left)) < 2 or len(shape(right)) < 2:
         raise NotAttention("one side of the product is a vector", product)
     return left, right

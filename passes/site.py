@@ -90,7 +90,8 @@ def where(node: fx.Node) -> str:
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     mine = [frame for frame in frames if not frame[0].startswith(_TORCH)] or frames
     if not mine:
-        return "unknown line"
+        modules = list((node.meta.get("nn_module_stack") or {}).values())
+        return f"unknown line, in {modules[-1][0]}" if modules else "unknown line"
     path, line, function = mine[-1]
     return f"{os.path.basename(path)}:{line}, in {function.strip()}"
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import polyattn.ops
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx
 
+import polyattn.ops
 from polyattn.passes import pipeline
 
 OP = torch.ops.polyattn.attention.default

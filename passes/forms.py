@@ -1,0 +1,75 @@
+"""The forms of attention that are derived: each is a plain torch function of one head's matrices, nothing more.
+
+What a form computes is all that is written down; its autograd graph is traced, and everything else is derived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from polyattn.rewriter.expr import HEAD, KEY, QUERY, TOKEN, VALUE, Kind, Leaf, Mask, Tensor
+
+Function = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form: its input tensors, its scalars, its output's axes, the inputs that have gradients."""
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    scalars: tuple[str, ...]
+    out: tuple[Kind, ...]
+    function: Function
+    text: str
+
+    @property
+    def cotangent(self) -> Leaf:
+        return Leaf("G", self.out)
+
+    @property
+    def differentiable(self) -> tuple[str, ...]:
+        return tuple(t.name for t in self.inputs if not isinstance(t, Mask))
+
+
+Q, K, V = Leaf("Q", (QUERY, HEAD)), Leaf("K", (KEY, HEAD)), Leaf("V", (KEY, VALUE))
+CAUSAL = Mask("causal", (QUERY, KEY))
+X, W, W_V = Leaf("X", (TOKEN, HEAD)), Leaf("W", (HEAD, HEAD)), Leaf("W_V", (HEAD, VALUE))
+
+
+def _softmax(x: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    a = torch.exp((x["Q"] @ x["K"].t()) * x["s"])
+    if "M" in x:
+        a = a * x["M"]
+    p = a / a.sum(1, keepdim=True)
+    return p @ x["V"]
+
+
+def _paper(x: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    a = torch.exp(x["X"] @ x["W"] @ x["X"].t())
+    p = a / a.sum(1, keepdim=True)
+    return p @ (x["X"] @ x["W_V"])
+
+
+def _exponential(x: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return torch.exp(x["Q"] @ x["K"].t()) @ x["V"]
+
+
+def _square(x: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return (1 + x["Q"] @ x["K"].t()).pow(2) @ x["V"]
+
+
+_OUT = (QUERY, VALUE)
+FORMS: Mapping[str, Form] = {
+    form.name: form
+    for form in (
+        Form("softmax", (Q, K, V), ("s",), _OUT, _softmax, "softmax(s Q Kᵀ) V"),
+        Form("causal_softmax", (Q, K, V, CAUSAL), ("s",), _OUT, _softmax, "softmax(s Q Kᵀ, causal) V"),
+        Form("paper", (X, W, W_V), (), (TOKEN, VALUE), _paper, "softmax(X W Xᵀ) X W_V"),
+        Form("exponential", (Q, K, V), (), _OUT, _exponential, "exp(Q Kᵀ) V"),
+        Form("square", (Q, K, V), (), _OUT, _square, "(1 + Q Kᵀ)² V"),
+    )
+}
