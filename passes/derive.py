@@ -1,0 +1,124 @@
+"""Derive: form → exact program → low-rank programs (both backwards), cached once per form, degree and gradient."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import sympy
+import torch
+
+from polyattn.passes.forms import FORMS, Form
+from polyattn.passes.lift import Lifter, kinds_by_size, trace
+from polyattn.rewriter import rules
+from polyattn.rewriter.expr import Leaf, Mask, Program, Tensor
+from polyattn.rewriter.interpret import Interpreter
+from polyattn.rewriter.lowrank import Approximation
+from polyattn.rewriter.stack import stack
+
+
+@dataclass(frozen=True)
+class Step:
+    """One rule of a derivation: its name, why it holds, the program after it."""
+
+    rule: str
+    note: str
+    program: Program
+
+
+def _inputs_of(form: Form, masks: Sequence[Mask]) -> tuple[Tensor, ...]:
+    return tuple(t for t in form.inputs if not isinstance(t, Mask)) + tuple(masks)
+
+
+def _lift(form: Form, function: object, inputs: Sequence[Tensor], scalars: Sequence[str], backward: bool) -> Program:
+    """Trace a function {name: tensor} → O (and its vjp) on tiny inputs and lift the graph."""
+    size = kinds_by_size([k for t in inputs for k in t.kinds] + list(form.out))
+    generator = torch.Generator().manual_seed(0)
+
+    def dense(tensor: Tensor) -> torch.Tensor:
+        return torch.rand([size[k] for k in tensor.kinds], dtype=torch.float64, generator=generator)
+
+    names = [t.name for t in inputs]
+    values = [dense(t) for t in inputs] + [torch.full((), 0.5, dtype=torch.float64) for _ in scalars]
+    wanted = form.differentiable
+
+    def forward(*args: torch.Tensor) -> torch.Tensor:
+        return function(dict(zip([*names, *scalars], args, strict=True)))  # type: ignore[operator, no-any-return]
+
+    def joint(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        env = dict(zip([*names, *scalars], args[:-1], strict=True))
+        free = {name: env[name] for name in wanted}
+        out, pull = torch.func.vjp(lambda part: function({**env, **part}), free)  # type: ignore[operator]
+        (gradients,) = pull(args[-1])
+        return (out, *(gradients[name] for name in wanted))
+
+    leaves: list[Tensor | sympy.Symbol] = [*inputs, *(sympy.Symbol(s, positive=True) for s in scalars)]
+    if not backward:
+        return Lifter(leaves).lift(trace(forward, values).graph, ["O"])
+    graph = trace(joint, [*values, dense(form.cotangent)]).graph
+    return Lifter([*leaves, form.cotangent]).lift(graph, ["O", *("d" + name for name in wanted)])
+
+
+@functools.cache
+def exact(form_name: str, backward: bool = True) -> Program:
+    """The form and its traced autograd graph in the algebra; nothing approximated."""
+    form = FORMS[form_name]
+    return rules.reuse(rules.inline(_lift(form, form.function, form.inputs, form.scalars, backward)))
+
+
+@functools.cache
+def derive(form_name: str, degree: int, gradient: str) -> tuple[Step, ...]:
+    """The derivation of the low-rank program; the last step's program computes O and every gradient.
+
+    ``substituted`` puts the polynomial into the exact autograd graph (math.md §2a); ``consistent`` traces the vjp of
+    the substituted forward (§2b).
+    """
+    form = FORMS[form_name]
+    approximation = Approximation(degree)
+    masked = any(isinstance(t, Mask) for t in form.inputs)
+    steps: list[Step] = []
+
+    def note(rule: str, text: str, program: Program) -> Program:
+        steps.append(Step(rule, text, program))
+        return program
+
+    substituted = gradient == "substituted"
+    p = note("lift", "the site" + (" and its traced autograd graph" if substituted else ""), exact(form_name, substituted))
+    if masked:
+        p = note("split", "M = M_near + M_far", rules.split_causal(p))
+    p = note("approximate", f"exp(S) → polynomial of degree {degree}", approximation.apply(p))
+    if not substituted:
+        p = note("differentiate", "vjp of the substituted forward, traced", _differentiate(form, p, approximation))
+        p = note("inline", "pairs of tokens are no intermediates", rules.reuse(rules.inline(p)))
+    p = note("power", "one polynomial of the score per term", rules.powers(p))
+    p = note("kronecker", "p(U Wᵀ) = (Φ(U) diag(w)) Φ(W)ᵀ, each monomial once", rules.kronecker(p))
+    p = note("compress", "Φ_{g-1}(K) ⊘ K is a selection of the columns of Φ_g(K)", rules.compress(p))
+    note("stack", "one wider contraction in place of several", stack(p))
+    return tuple(steps)
+
+
+def _differentiate(form: Form, program: Program, approximation: Approximation) -> Program:
+    masks = tuple(Mask(which, form.inputs[-1].kinds) for which in ("near", "far")) if _masked(form) else ()  # type: ignore[arg-type]
+    inputs = _inputs_of(form, masks)
+    coefficients = [c.name for c in approximation.coefficients] if _approximated(program) else []
+    scalars = [*form.scalars, *coefficients]
+
+    def forward(env: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return Interpreter(env, env).program(program)["O"]
+
+    return _lift(form, forward, inputs, scalars, backward=True)
+
+
+def _masked(form: Form) -> bool:
+    return any(isinstance(t, Mask) for t in form.inputs)
+
+
+def _approximated(program: Program) -> bool:
+    symbols = {s.name for _, x in program.expressions() for t in x.terms for s in t.coefficient.free_symbols}
+    polys = [f.tensor for _, x in program.expressions() for t in x.terms for f in t.factors]
+    inner = {s.name for p in polys for c in getattr(p, "coefficients", ()) for s in c.free_symbols}
+    return any(name.startswith("a") for name in symbols | inner)
+
+
+__all__ = ["Leaf", "Step", "derive", "exact"]

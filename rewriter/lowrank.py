@@ -1,0 +1,47 @@
+"""The approximate rule, with its domain and its bound (math.md §4): exp(S) → Σ_{m ≤ g} a_m S^m.
+
+The coefficients are symbols a_0 … a_g, so that a derivation serves every polynomial of a degree; Taylor's are the
+numbers used for now.  Under a causal mask the rule leaves the near field alone: there exp stays exact (§6).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import sympy
+
+from polyattn.rewriter import expr as ir
+from polyattn.rewriter.expr import Expr, Factor, Map, Mask, Poly, Program, Term
+
+
+@dataclass(frozen=True)
+class Approximation:
+    """exp(S) → polynomial of a degree, on |S| ≤ bound."""
+
+    degree: int
+
+    @property
+    def coefficients(self) -> tuple[sympy.Symbol, ...]:
+        return tuple(sympy.Symbol(f"a{m}", positive=True) for m in range(self.degree + 1))
+
+    def relative_error(self, bound: float) -> float:
+        """Largest |p(x) e^{−x} − 1| on |x| ≤ bound for Taylor's p (Lagrange's remainder): bound^{g+1}/(g+1)! · e^{2 bound}."""
+        return bound ** (self.degree + 1) / math.factorial(self.degree + 1) * math.exp(2 * bound)
+
+    def apply(self, program: Program) -> Program:
+        """Replace exp of a score everywhere except in the near field."""
+        return program.rewrite(self._change)
+
+    def _change(self, x: Expr) -> Expr:
+        total = []
+        for term in x.terms:
+            near = any(isinstance(f.tensor, Mask) and f.tensor.which == "near" for f in term.factors)
+            total.append(term if near else Term(term.coefficient, tuple(self._factor(f) for f in term.factors)))
+        return ir.collect(Expr(x.out, tuple(total)))
+
+    def _factor(self, factor: Factor) -> Factor:
+        tensor = factor.tensor
+        if isinstance(tensor, Map) and tensor.function == "exp":
+            return Factor(Poly(tensor.argument, self.coefficients), factor.indices)
+        return factor
