@@ -92,7 +92,7 @@ class Lifter:
                 rest.remove(factor)
             terms.append(Term(term.coefficient / coefficient, tuple(rest)))
         used = frozenset(index for term in terms for index in term.indices)
-        inner = tuple(index for index in out if index in used)
+        inner = tuple(sorted((index for index in out if index in used), key=lambda index: not index.kind.token))
         core = ir.collect(Expr(inner, tuple(terms)))
         tensor = self._named(core)
         return Expr(x.out, (Term(coefficient, (Factor(tensor, inner), *common)),))

@@ -113,17 +113,22 @@ class Interpreter:
     def expr(self, x: Expr) -> torch.Tensor:
         """The dense value of an expression, axes in the order of its open indices."""
         out = x.indices
-        total: torch.Tensor | None = None
-        for term in x.terms:
-            value = self._term(term.factors, out) * self.coefficient(term.coefficient)
-            total = value if total is None else total + value
-        if total is None:
+        if not x.terms:
             raise RewriteError("an expression without terms has no shape")
+        # Terms with the same bound indices are added before the sum: a trace then sees one contraction, not several.
+        groups: dict[tuple[Index, ...], torch.Tensor] = {}
+        for term in x.terms:
+            bound = tuple(sorted(term.bound(out), key=repr))
+            value = self._product(term.factors, (*out, *bound)) * self.coefficient(term.coefficient)
+            groups[bound] = groups[bound] + value if bound in groups else value
+        total: torch.Tensor | None = None
+        for bound, value in groups.items():
+            reduced = value.sum(dim=tuple(range(len(out), len(out) + len(bound)))) if bound else value
+            total = reduced if total is None else total + reduced
+        assert total is not None
         return total
 
-    def _term(self, factors: tuple[Factor, ...], out: tuple[Index, ...]) -> torch.Tensor:
-        bound = sorted({index for factor in factors for index in factor.indices} - set(out), key=repr)
-        order = [*out, *bound]
+    def _product(self, factors: tuple[Factor, ...], order: tuple[Index, ...]) -> torch.Tensor:
         value: torch.Tensor | None = None
         for factor in factors:
             dense = self.tensor(factor.tensor)
@@ -134,9 +139,7 @@ class Interpreter:
                 if index not in axes:
                     dense = dense.unsqueeze(position)
             value = dense if value is None else value * dense
-        if value is None:
-            return torch.ones((), dtype=self._like.dtype)
-        return value.sum(dim=tuple(range(len(out), len(order)))) if bound else value
+        return torch.ones((), dtype=self._like.dtype) if value is None else value
 
 
 def take_part(whole: torch.Tensor, part: Part) -> torch.Tensor:

@@ -194,7 +194,9 @@ def powers(program: Program) -> Program:
             dense = tuple(sympy.expand(total.get(power, sympy.Integer(0))) for power in range(max(total) + 1))
             while len(dense) > 1 and dense[-1] == 0:
                 dense = dense[:-1]
-            made.append(Term(ONE, (*key[0], Factor(Poly(bases[key], dense), key[1] or ()))))
+            sign = -ONE if dense[-1].could_extract_minus_sign() else ONE
+            poly = Poly(bases[key], tuple(sympy.expand(sign * c) for c in dense))
+            made.append(Term(sign, (*key[0], Factor(poly, key[1] or ()))))
         return ir.collect(Expr(x.out, tuple(left + made)))
 
     return program.rewrite(change)

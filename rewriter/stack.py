@@ -80,6 +80,7 @@ def _merge(rest: tuple[Factor, ...], members: list[tuple[Term, tuple[Factor, ...
     if len(tokens) != 2:
         return None
     parts: dict[Index, list[Expr]] = {token: [] for token in tokens}
+    unit = next((t.coefficient for t, free in members if any(len(f.indices) > 1 for f in free)), ONE)
     columns: list[Index | None] = []
     for term, free in members:
         sides = _sides(free)
@@ -93,7 +94,7 @@ def _merge(rest: tuple[Factor, ...], members: list[tuple[Term, tuple[Factor, ...
             has = column is not None and any(column in f.indices for f in factors)
             if column is not None and not has:
                 return None
-            coefficient = term.coefficient if position == 0 else ONE
+            coefficient = sympy.cancel(term.coefficient / unit) if position == 0 else ONE
             parts[token].append(Expr((token, *((column,) if has else ())), (Term(coefficient, factors),)))
     wide = [c for c in columns if c is not None]
     if len(wide) != 1:
@@ -105,7 +106,7 @@ def _merge(rest: tuple[Factor, ...], members: list[tuple[Term, tuple[Factor, ...
     for token in tokens:
         tensor = labels.concat(tuple(parts[token][p] for p in order), hat)
         factors.append(Factor(tensor, (token, index)))
-    return Term(ONE, (*rest, *factors))
+    return Term(unit, (*rest, *factors))
 
 
 class _Labels:
