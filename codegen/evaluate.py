@@ -1,0 +1,239 @@
+"""What a kernel specification means, in plain torch, block by block: no n × n and no n × r tensor is ever made.
+
+Both targets are tested against this, and it runs on any device and dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import sympy
+import torch
+
+from polyattn.codegen.schedule import accumulates, is_state
+from polyattn.codegen.spec import KernelSpec, Loop
+from polyattn.errors import ScheduleError
+from polyattn.rewriter import features
+from polyattn.rewriter.plan import Node
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+class Evaluation:
+    """Runs a specification on inputs of one batch of heads.
+
+    Args:
+        inputs: name → tensor. Query-side ones are [heads, groups, n_q, ·] (or without the last axis), key-side ones
+            [heads, n_k, ·]; states as they were returned by an earlier kernel.
+        scalars: values of the symbols in coefficients.
+        query_side: names of the query-side inputs and outputs.
+        block: tokens per block; under a causal mask the chunk length.
+    """
+
+    def __init__(
+        self,
+        spec: KernelSpec,
+        inputs: Mapping[str, torch.Tensor],
+        scalars: Mapping[str, float],
+        head_dim: int,
+        block: int,
+        query_side: frozenset[str] = frozenset({"Q", "G", "O", "D", "dQ"}),
+        query_axis: str = "i",
+    ) -> None:
+        self.spec, self.inputs, self.scalars = spec, inputs, scalars
+        self.head_dim, self.block = head_dim, block
+        self.query_side, self.query_axis = query_side, query_axis
+        self.states: dict[Node, torch.Tensor] = {}
+        self.constants: dict[Node, torch.Tensor] = {}
+        self.outputs: dict[str, torch.Tensor] = {}
+        sample = next(t for t in inputs.values())
+        self.dtype, self.device = sample.dtype, sample.device
+
+    def run(self) -> dict[str, torch.Tensor]:
+        """Execute every loop; returns outputs and returned states by name."""
+        for loop in self.spec.loops:
+            self._loop(loop)
+        for name, n in self.spec.states:
+            self.outputs[name] = self._state(n)
+        return self.outputs
+
+    # -- loops ---------------------------------------------------------------------------------------------------
+
+    def _tokens(self, letter: str) -> int:
+        for name in sorted(self.inputs):
+            query = name in self.query_side
+            if (letter == self.query_axis) == query and name in self.spec.inputs and name not in ("S",):
+                return self.inputs[name].shape[2 if query else 1]
+        return 0
+
+    def _loop(self, loop: Loop) -> None:
+        if loop.axis is not None:
+            n = self._tokens(loop.axis.letter)
+            starts = list(range(0, n, self.block))
+        else:
+            n = max(self._tokens("i"), self._tokens("j"))
+            starts = list(range(0, n, self.block))
+            if loop.descending:
+                starts.reverse()
+        running: dict[Node, torch.Tensor] = {}
+        for start in starts:
+            tiles: dict[Node, torch.Tensor] = {}
+            for tile in loop.tiles:
+                tiles[tile] = self._tile(tile, tiles, running, start)
+            for name, n_out in loop.stores:
+                if n_out.tokens:
+                    self._store(name, self._value(n_out, tiles, running, start), start, n_out)
+            for state in loop.accumulate:
+                if any(a.tokens and self._value(a, tiles, running, start).shape[-len(a.axes)] == 0 for a in state.args):
+                    continue
+                part = self._contract(state, [self._value(a, tiles, running, start) for a in state.args])
+                running[state] = running[state].add_(part) if state in running else part
+        for state, value in running.items():
+            if not state.scanned:
+                self.states[state] = value
+
+    def _value(self, n: Node, tiles: dict[Node, torch.Tensor], running: dict[Node, torch.Tensor], start: int) -> torch.Tensor:
+        if n in tiles:
+            return tiles[n]
+        if accumulates(n) and n.scanned:
+            if n in running:
+                return running[n]
+            # Nothing lies before the first chunk: a running sum starts at zero.
+            return self._zeros(n)
+        if is_state(n):
+            return self._state(n)
+        return self._tile(n, tiles, running, start)
+
+    def _zeros(self, n: Node) -> torch.Tensor:
+        sizes = {"a": self.head_dim}
+        d = self.head_dim
+        heads = next(iter(self.inputs.values())).shape[0]
+        shape = []
+        top = max((m.attr for m in self._features()), default=1)
+        for kind in n.axes:
+            letter = kind.letter
+            if letter in "αβγδε":
+                shape.append(features.rank(d, top - "αβγδε".index(letter)))
+            elif letter.startswith("b"):
+                shape.append(self.inputs["V"].shape[-1] + (1 if len(letter) > 1 else 0))
+            else:
+                shape.append(sizes[letter])
+        return torch.zeros(heads, *shape, dtype=self.dtype, device=self.device)
+
+    def _features(self) -> list[Node]:
+        return [t for loop in self.spec.loops for t in loop.tiles if t.op == "features"]
+
+    def _state(self, n: Node) -> torch.Tensor:
+        if n not in self.states:
+            if n.op == "input":
+                return self.inputs[n.attr]
+            self.states[n] = self._apply(n, [self._state(a) if is_state(a) else self._constant(a) for a in n.args])
+        return self.states[n]
+
+    def _constant(self, n: Node) -> torch.Tensor:
+        if n not in self.constants:
+            numbers = [float(self._number(c)) for c in n.attr]
+            dense = torch.as_tensor(features.weights(numbers, self.head_dim))
+            self.constants[n] = dense.to(device=self.device, dtype=self.dtype)
+        return self.constants[n]
+
+    def _number(self, c: sympy.Expr) -> float:
+        return float(c.subs({s: self.scalars[s.name] for s in c.free_symbols}))
+
+    # -- tiles ---------------------------------------------------------------------------------------------------
+
+    def _rows(self, name: str, start: int) -> torch.Tensor:
+        x = self.inputs[name]
+        if name in self.query_side:
+            part = x[:, :, start : start + self.block]
+            return part.reshape(x.shape[0], part.shape[1] * part.shape[2], *x.shape[3:])
+        return x[:, start : start + self.block]
+
+    def _store(self, name: str, value: torch.Tensor, start: int, n: Node) -> None:
+        query = name in self.query_side
+        like = self.inputs["Q" if query else "K"]
+        if name not in self.outputs:
+            shape = (*like.shape[:-1], *value.shape[2:])
+            self.outputs[name] = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        target = self.outputs[name]
+        if query:
+            rows = target[:, :, start : start + self.block]
+            rows.copy_(value.reshape(rows.shape))
+        else:
+            target[:, start : start + self.block] = value
+
+    def _tile(self, n: Node, tiles: dict[Node, torch.Tensor], running: dict[Node, torch.Tensor], start: int) -> torch.Tensor:
+        if n.op == "input":
+            return self._rows(n.attr, start)
+        if n.op == "weights":
+            return self._constant(n)
+        if n.op == "mask":
+            groups = self.inputs["Q"].shape[1]
+            rows = max(0, min(self.block, self.inputs["Q"].shape[2] - start))
+            columns = max(0, min(self.block, self.inputs["K"].shape[1] - start))
+            i = torch.arange(rows, device=self.device).repeat(groups)
+            j = torch.arange(columns, device=self.device)
+            return (j[None, :] <= i[:, None]).to(self.dtype)
+        return self._apply(n, [self._value(a, tiles, running, start) for a in n.args])
+
+    def _apply(self, n: Node, args: list[torch.Tensor]) -> torch.Tensor:
+        if n.op == "contract":
+            return self._contract(n, args)
+        if n.op == "features":
+            return features.generate(args[0], n.attr)
+        if n.op == "map":
+            return args[0].exp() if n.attr == "exp" else args[0].reciprocal()
+        if n.op == "gather":
+            position, degree = n.attr
+            sigma = torch.as_tensor(features.selection(self.head_dim, degree), device=self.device)
+            axis = args[0].ndim - len(n.args[0].axes) + position
+            taken = args[0].index_select(axis, sigma.flatten())
+            return taken.unflatten(axis, sigma.shape)
+        if n.op == "part":
+            return _part(args[0], *n.attr)
+        if n.op == "concat":
+            return self._concat(n, args)
+        if n.op == "sum":
+            return self._sum(n, args)
+        raise ScheduleError(f"evaluate has no meaning for {n.op}")
+
+    def _concat(self, n: Node, args: list[torch.Tensor]) -> torch.Tensor:
+        widths, constants = n.attr
+        pending = iter(args)
+        wide = args[next(p for p, w in enumerate(w for w, c in zip(widths, constants, strict=True) if c is None) if w)]
+        columns = []
+        for width, constant in zip(widths, constants, strict=True):
+            if constant is not None:
+                columns.append(torch.full_like(wide[..., :1], self._number(sympy.sympify(constant))))
+            else:
+                x = next(pending)
+                columns.append(x if width is not None else x.unsqueeze(-1))
+        return torch.cat(columns, dim=-1)
+
+    def _sum(self, n: Node, args: list[torch.Tensor]) -> torch.Tensor:
+        coefficients, orders = n.attr
+        total: torch.Tensor | None = None
+        for c, order, x, source in zip(coefficients, orders, args, n.args, strict=True):
+            batch = x.ndim - len(source.axes)
+            present = [p for p in order if p is not None]
+            y = x.permute(*range(batch), *(batch + p for p in present))
+            for position, p in enumerate(order):
+                if p is None:
+                    y = y.unsqueeze(batch + position)
+            y = y if c == 1 else y * self._number(c)
+            total = y if total is None else total + y
+        assert total is not None
+        return total
+
+    def _contract(self, n: Node, args: list[torch.Tensor]) -> torch.Tensor:
+        patterns, result = n.attr
+        left = ",".join("..." + "".join(_LETTERS[p] for p in pattern) for pattern in patterns)
+        return torch.einsum(f"{left}->...{''.join(_LETTERS[p] for p in result)}", *args)
+
+
+def _part(whole: torch.Tensor, part: int, widths: tuple[Any, ...]) -> torch.Tensor:
+    before = sum(1 for w in widths[:part] if w is None)
+    after = sum(1 for w in widths[part + 1 :] if w is None)
+    start = before + (whole.shape[-1] - sum(1 for w in widths if w is None) if any(widths[:part]) else 0)
+    return whole[..., start] if widths[part] is None else whole[..., start : whole.shape[-1] - after]

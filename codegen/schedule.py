@@ -1,0 +1,107 @@
+"""Schedule: a plan → loops over tokens.
+
+Without a mask every sum over tokens is a state that is complete when its loop ends, so that loops form stages.  Under
+a causal mask chunks are walked in order (running sums before a query's chunk) or in reverse (after a key's chunk).
+Tiles are computed again in every loop that needs them; nothing with a feature axis ever leaves a loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from polyattn.codegen.spec import KernelSpec, Loop
+from polyattn.errors import ScheduleError
+from polyattn.rewriter.expr import Kind
+from polyattn.rewriter.plan import Node, node, walk
+
+
+def substitute(root: Node, known: Mapping[Node, Node]) -> Node:
+    """The node with given subexpressions replaced."""
+    cache: dict[Node, Node] = dict(known)
+
+    def visit(n: Node) -> Node:
+        if n not in cache:
+            args = tuple(visit(a) for a in n.args)
+            cache[n] = n if args == n.args else node(n.op, args, n.axes, n.attr, n.scan)
+        return cache[n]
+
+    return visit(root)
+
+
+def is_state(n: Node) -> bool:
+    """Whether a value has no token axis (weights are constants, not states)."""
+    return n.tokens == 0 and n.op not in ("weights",) and any(m.tokens or m.op == "input" for m in walk([n]))
+
+
+def accumulates(n: Node) -> bool:
+    """Whether a node sums over tokens into a value without tokens, or into a running sum."""
+    return n.op == "contract" and (n.scanned or n.tokens == 0) and any(a.tokens for a in n.args)
+
+
+def schedule(name: str, outputs: Mapping[str, Node], chunked: bool) -> KernelSpec:
+    """Lay outputs (token-level nodes, or states to be returned) out as loops.
+
+    Raises:
+        ScheduleError: a tile with two token axes outside of a chunk, or a result that needs running sums of both directions.
+    """
+    loops = _chunk_loops(outputs) if chunked else _stage_loops(outputs)
+    inputs = sorted({str(n.attr) for n in walk(outputs.values()) if n.op == "input"})
+    states = tuple((key, n) for key, n in outputs.items() if n.tokens == 0)
+    return KernelSpec(name, tuple(loops), states, tuple(inputs), chunked)
+
+
+def _tiles(roots: Iterable[Node], stop: Iterable[Node]) -> tuple[Node, ...]:
+    """Token-level nodes (and constants) that the roots need inside one loop, arguments first."""
+    halted = set(stop)
+    seen: dict[Node, None] = {}
+
+    def visit(n: Node) -> None:
+        if n in halted or n in seen or (is_state(n) and not n.scanned) or accumulates(n):
+            return
+        for a in n.args:
+            visit(a)
+        seen[n] = None
+
+    for root in roots:
+        visit(root)
+    return tuple(seen)
+
+
+def _stage_loops(outputs: Mapping[str, Node]) -> list[Loop]:
+    stages: dict[Node, int] = {}
+    for n in walk(outputs.values()):
+        if n.tokens == 2:
+            raise ScheduleError(f"{n} has two token axes")
+        stage = 0
+        for a in n.args:
+            stage = max(stage, stages[a] + (1 if accumulates(a) else 0))
+        stages[n] = stage
+    plan: dict[tuple[int, Kind], tuple[list[Node], list[tuple[str, Node]]]] = {}
+    for n in walk(outputs.values()):
+        if accumulates(n):
+            axis = next(kind for a in n.args for kind in a.axes if kind.token)
+            plan.setdefault((stages[n], axis), ([], []))[0].append(n)
+    for name, n in outputs.items():
+        if n.tokens == 1:
+            axis = next(kind for kind in n.axes if kind.token)
+            plan.setdefault((stages[n], axis), ([], []))[1].append((name, n))
+    loops = []
+    for (_, axis), (sums, stores) in sorted(plan.items(), key=lambda item: (item[0][0], item[0][1].letter)):
+        roots = [a for n in sums for a in n.args] + [n for _, n in stores]
+        loops.append(Loop(axis, False, _tiles(roots, ()), tuple(sums), tuple(stores)))
+    return loops
+
+
+def _chunk_loops(outputs: Mapping[str, Node]) -> list[Loop]:
+    plan: dict[bool, dict[str, Node]] = {}
+    for name, n in outputs.items():
+        ways = {m.scan for m in walk([n]) if m.scan is not None}
+        if len(ways) > 1:
+            raise ScheduleError(f"{name} needs running sums of both directions; give it as two results")
+        plan.setdefault("j" in ways, {})[name] = n
+    loops = []
+    for descending, wanted in sorted(plan.items()):
+        sums = tuple(m for m in walk(wanted.values()) if accumulates(m))
+        roots = [a for m in sums for a in m.args] + list(wanted.values())
+        loops.append(Loop(None, descending, _tiles(roots, ()), sums, tuple(wanted.items())))
+    return loops

@@ -1,0 +1,52 @@
+"""Kernel specifications: loops over blocks of tokens, between them states without a token axis.
+
+A loop reads rows of its inputs, computes tiles (features among them, made on the fly), adds to states what is summed
+over tokens, and writes rows of its outputs.  ``evaluate`` gives a specification its meaning; the targets print it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from polyattn.rewriter.expr import Kind
+from polyattn.rewriter.plan import Node
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One pass over tokens.
+
+    ``axis`` is the token kind that is walked in blocks; None walks chunks of both tokens together (causal), upwards
+    or, with ``descending``, downwards.  ``tiles`` are in order of computation.  ``accumulate`` are states summed over
+    the loop; in a chunked loop a tile that uses one of them sees its value *before* the present chunk.
+    """
+
+    axis: Kind | None
+    descending: bool
+    tiles: tuple[Node, ...]
+    accumulate: tuple[Node, ...]
+    stores: tuple[tuple[str, Node], ...]
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """Loops in order, operations on states between them, and which states are results."""
+
+    name: str
+    loops: tuple[Loop, ...]
+    states: tuple[tuple[str, Node], ...]
+    """States that are read (saved by an earlier kernel) or returned, by name."""
+    inputs: tuple[str, ...]
+    chunked: bool
+
+    def __str__(self) -> str:
+        lines = [f"kernel {self.name}({', '.join(self.inputs)})"]
+        for loop in self.loops:
+            order = "chunks, last to first" if loop.descending else "chunks" if loop.axis is None else loop.axis.letter
+            lines.append(f"  for {order}:")
+            for tile in loop.tiles:
+                args = ", ".join(map(repr, tile.args)) or str(tile.attr)
+                lines.append(f"    {tile!r} = {tile.op}({args})")
+            lines += [f"    {state!r} += …" for state in loop.accumulate]
+            lines += [f"    store {name} = {made!r}" for name, made in loop.stores]
+        return "\n".join(lines)
