@@ -6,25 +6,24 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from polyattn.codegen.schedule import accumulates, schedule, substitute
+from polyattn.codegen.schedule import schedule, substitute
 from polyattn.codegen.spec import KernelSpec
 from polyattn.errors import ScheduleError
 from polyattn.passes.derive import derive
 from polyattn.rewriter.order import plan
-from polyattn.rewriter.plan import Node, Plan, node, walk
+from polyattn.rewriter.plan import Node, Plan, node
 
 
 @dataclass(frozen=True)
 class Kernels:
     """Specifications of one site's forward and backward, and the plan that they were made from.
 
-    The forward returns O, the denominators D and, without a mask, the state S that the backward reads again.
+    The forward returns O and the denominators D; the backward forms its states again.
     """
 
     plan: Plan
     forward: KernelSpec
     saved: tuple[tuple[Node, Node], ...]
-    has_state: bool
 
     def backward(self, wanted: Sequence[str]) -> KernelSpec:
         """The backward for some of dQ, dK, dV: what is not wanted is not computed."""
@@ -48,8 +47,4 @@ def kernels(causal: bool, degree: int, gradient: str) -> Kernels:
     restored = node("contract", (o, d), numerator.axes, (((0, 1), (0,)), (0, 1)))
     saved = [(denominator, d), (numerator, restored), (out, o)]
     outputs = {"O": out, "D": denominator}
-    states = [n for n in walk([out]) if accumulates(n) and not n.scanned and n.tokens == 0]
-    if len(states) == 1 and not causal:
-        saved.append((states[0], node("input", (), states[0].axes, "S")))
-        outputs["S"] = states[0]
-    return Kernels(made, schedule("forward", outputs, made.near), tuple(saved), "S" in outputs)
+    return Kernels(made, schedule("forward", outputs, made.near), tuple(saved))

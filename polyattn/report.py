@@ -130,25 +130,25 @@ class SiteReport:
         """The readable log of the rewrite, step by step; empty for a site that is not low rank."""
         if self.verdict != "low_rank" or self.degree is None:
             return ""
-        from polyattn.passes import derive
+        from polyattn.passes import inspection
 
-        return str(derive.derivation(causal=self.causal, degree=self.degree, gradient=self.gradient))
+        return str(inspection.derivation(causal=self.causal, degree=self.degree, gradient=self.gradient))
 
     @property
     def kernels(self) -> dict[str, str]:
         """Emitted sources by name; empty for a site that is not low rank."""
         if self.verdict != "low_rank" or self.degree is None:
             return {}
-        from polyattn.passes import derive
+        from polyattn.passes import inspection
 
-        return dict(derive.kernels(causal=self.causal, degree=self.degree, gradient=self.gradient))
+        return dict(inspection.sources(causal=self.causal, degree=self.degree, gradient=self.gradient))
 
     def _graphs(self) -> tuple[fx.GraphModule | None, fx.GraphModule | None]:
         if self.verdict != "low_rank" or self.degree is None:
             return None, None
-        from polyattn.passes import derive
+        from polyattn.passes import inspection
 
-        forward, backward = derive.graphs(
+        forward, backward = inspection.graphs(
             causal=self.causal, degree=self.degree, gradient=self.gradient, shape=self.shape
         )
         return forward, backward

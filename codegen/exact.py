@@ -1,0 +1,145 @@
+"""Exact attention: torch's fused kernel where it takes the tensors, else blocks of rows through the algebra.
+
+The second way serves single rows too (audits, rows whose low-rank denominator is not positive). Its gradients are the
+traced autograd graph of the exact form, evaluated densely with each row's maximum subtracted, which softmax ignores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from polyattn.rewriter.expr import Map, Mask, Program, Tensor
+from polyattn.rewriter.interpret import Interpreter
+
+ROWS = 256
+
+
+class _Shifted(Interpreter):
+    """exp is taken of scores minus their row's maximum over the keys that the mask allows."""
+
+    def tensor(self, tensor: Tensor) -> torch.Tensor:
+        if isinstance(tensor, Map) and tensor.function == "exp":
+            score = self.tensor(tensor.argument)
+            if "M" in self.inputs:
+                score = score.masked_fill(self.inputs["M"] == 0, float("-inf"))
+            return torch.exp(score - score.amax(1, keepdim=True))
+        return super().tensor(tensor)
+
+
+def _mask(rows: torch.Tensor, n_k: int, dtype: torch.dtype) -> torch.Tensor:
+    return (torch.arange(n_k, device=rows.device)[None, :] <= rows[:, None]).to(dtype)
+
+
+def rows_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, scale: float, causal: bool
+) -> torch.Tensor:
+    """Exact outputs of some rows of one head: q [s, d] at positions ``rows`` [s], k [n_k, d], v [n_k, e] → [s, e]."""
+    out = []
+    for at in range(0, len(rows), ROWS):
+        score = q[at : at + ROWS] @ k.mT * scale
+        if causal:
+            score = score.masked_fill(_mask(rows[at : at + ROWS], len(k), k.dtype) == 0, float("-inf"))
+        out.append(torch.softmax(score, -1) @ v)
+    return torch.cat(out) if out else v.new_zeros(0, v.shape[-1])
+
+
+def rows_backward(
+    program: Program,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    rows: torch.Tensor,
+    scale: float,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of rows_forward's result: dQ of the rows [s, d] and their share of dK and dV."""
+    dq, dk, dv = [], torch.zeros_like(k), torch.zeros_like(v)
+    for at in range(0, len(rows), ROWS):
+        part = slice(at, at + ROWS)
+        inputs = {"Q": q[part], "K": k, "V": v, "G": g[part]}
+        if causal:
+            inputs["M"] = _mask(rows[part], len(k), k.dtype)
+        made = _Shifted(inputs, {"s": scale}).program(program)
+        dq.append(made["dQ"])
+        dk += made["dK"]
+        dv += made["dV"]
+    return torch.cat(dq) if dq else q.new_zeros(0, q.shape[-1]), dk, dv
+
+
+def masks(program: Program) -> bool:
+    return any(isinstance(f.tensor, Mask) for _, x in program.expressions() for t in x.terms for f in t.factors)
+
+
+# -- whole tensors ---------------------------------------------------------------------------------------------------
+
+
+def _pad(x: torch.Tensor, width: int) -> torch.Tensor:
+    return x if x.shape[-1] == width else torch.nn.functional.pad(x, (0, width - x.shape[-1]))
+
+
+def _spread(x: torch.Tensor, heads: int) -> torch.Tensor:
+    groups = heads // x.shape[1]
+    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
+
+
+def fused(q: torch.Tensor) -> bool:
+    """Whether torch's fused CPU kernel takes these tensors."""
+    return q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exact attention of [B, H, n, ·] tensors: output and log-sum-exp [B, H, n_q] (zeros where torch's kernel is not used)."""
+    heads, e = q.shape[1], v.shape[-1]
+    wide = max(q.shape[-1], e)
+    if fused(q):
+        args = (_pad(q, wide), _pad(_spread(k, heads), wide), _pad(_spread(v, heads), wide))
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, 0.0, causal, scale=scale)
+        return out[..., :e].contiguous(), lse
+    groups = heads // k.shape[1]
+    rows = torch.arange(q.shape[2], device=q.device)
+    result = q.new_empty(*q.shape[:-1], e)
+    for b in range(q.shape[0]):
+        for h in range(heads):
+            result[b, h] = rows_forward(q[b, h], k[b, h // groups], v[b, h // groups], rows, scale, causal)
+    return result, q.new_zeros(q.shape[:-1])
+
+
+def backward(
+    program: Program,
+    g: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of :func:`forward` by q, k and v."""
+    q, k, v = tensors
+    heads, d, e = q.shape[1], q.shape[-1], v.shape[-1]
+    groups = heads // k.shape[1]
+    if fused(q):
+        wide = max(d, e)
+        full = [_pad(x, wide) for x in (g, q, _spread(k, heads), _spread(v, heads), out)]
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *full, lse.to(torch.float64 if q.dtype == torch.float64 else torch.float32), 0.0, causal, scale=scale
+        )
+        dq, dk, dv = dq[..., :d], dk[..., :d], dv[..., :e]
+        if groups > 1:
+            dk = dk.unflatten(1, (k.shape[1], groups)).sum(2)
+            dv = dv.unflatten(1, (k.shape[1], groups)).sum(2)
+        return dq.contiguous(), dk.contiguous(), dv.contiguous()
+    rows = torch.arange(q.shape[2], device=q.device)
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for b in range(q.shape[0]):
+        for h in range(heads):
+            c = h // groups
+            made = rows_backward(program, q[b, h], k[b, c], v[b, c], g[b, h], rows, scale, causal)
+            dq[b, h] = made[0]
+            dk[b, c] += made[1]
+            dv[b, c] += made[2]
+    return dq, dk, dv

@@ -1,0 +1,93 @@
+"""What people read of a site: its derivation, its kernels, and runnable graphs of its forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import fx
+
+from polyattn.codegen.evaluate import Evaluation
+from polyattn.passes.derive import Step, derive, exact
+from polyattn.passes.kernels import kernels
+from polyattn.rewriter.features import rank, taylor
+from polyattn.rewriter.lowrank import Approximation
+from polyattn.rewriter.order import plan
+from polyattn.rewriter.plan import walk
+
+
+@dataclass(frozen=True)
+class Derivation:
+    """The rules applied to one form, in order, and the costs of exact attention and of both backwards."""
+
+    steps: tuple[Step, ...]
+    form: str
+    degree: int
+    gradient: str
+
+    def costs(self) -> dict[str, sympy.Expr]:
+        """FLOPs per head: exact and low rank, forward and backward, in n, d, e, r, r' and C."""
+        found = {}
+        dense = plan(exact(self.form))
+        found["exact forward"] = dense.cost(["O"])
+        found["exact backward"] = dense.cost(_gradients(dense.outputs), walk([dense.outputs["O"]]))
+        for gradient in ("consistent", "substituted"):
+            made = plan(derive(self.form, self.degree, gradient)[-1].program)
+            found["low-rank forward"] = made.cost(["O"])
+            found[f"{gradient} backward"] = made.cost(_gradients(made.outputs), walk([made.outputs["O"]]))
+        return found
+
+    def __str__(self) -> str:
+        lines = [f"derivation of {self.form}, degree {self.degree}, {self.gradient} gradient"]
+        for number, step in enumerate(self.steps, 1):
+            lines.append(f"{number}. {step.rule}: {step.note}")
+            lines += [f"     {name}{expr}" for name, expr in step.program.expressions()]
+        lines.append("costs (FLOPs per head)")
+        lines += [f"     {name}: {value}" for name, value in self.costs().items()]
+        return "\n".join(lines)
+
+
+def _gradients(outputs: Mapping[str, object]) -> list[str]:
+    return [name for name in outputs if name != "O"]
+
+
+def derivation(*, causal: bool, degree: int, gradient: str) -> Derivation:
+    """The derivation of softmax attention; ``str`` of it is the readable log."""
+    form = "causal_softmax" if causal else "softmax"
+    return Derivation(derive(form, degree, gradient), form, degree, gradient)
+
+
+def sources(*, causal: bool, degree: int, gradient: str) -> dict[str, str]:
+    """The kernel specifications by name."""
+    made = kernels(causal, degree, gradient)
+    return {"forward": str(made.forward), "backward": str(made.backward(("dQ", "dK", "dV")))}
+
+
+def graphs(*, causal: bool, degree: int, gradient: str, shape: Mapping[str, int]) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Runnable aten graphs of the rewritten forward (Q, K, V, scale 1/√d → O, D) and backward (… G, O, D → dQ, dK, dV).
+
+    Their inputs are [heads, groups, n_q, ·] and [heads, n_k, ·] float32; loops over blocks stand unrolled.
+    """
+    from functorch import make_fx
+
+    made = kernels(causal, degree, gradient)
+    d, e = shape["d"], shape["e"]
+    heads, groups = shape["batch"] * shape["kv_heads"], shape["heads"] // shape["kv_heads"]
+    names = (c.name for c in Approximation(degree).coefficients)
+    scalars = {"s": d**-0.5, **dict(zip(names, taylor(degree), strict=True))}
+    block = max(64, min(2048, (1 << 21) // rank(d, degree)))
+    q, k, v = (torch.zeros(heads, groups, shape["n_q"], d), torch.zeros(heads, shape["n_k"], d), torch.zeros(heads, shape["n_k"], e))
+    g, denominators = torch.zeros(heads, groups, shape["n_q"], e), torch.ones(heads, groups, shape["n_q"])
+
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        result = Evaluation(made.forward, {"Q": q, "K": k, "V": v}, scalars, d, block).run()
+        return result["O"], result["D"]
+
+    def backward(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        inputs = dict(zip(("Q", "K", "V", "G", "O", "D"), tensors, strict=True))
+        result = Evaluation(made.backward(("dQ", "dK", "dV")), inputs, scalars, d, block).run()
+        return result["dQ"], result["dK"], result["dV"]
+
+    return make_fx(forward)(q, k, v), make_fx(backward)(q, k, v, g, g, denominators)

@@ -1,0 +1,142 @@
+"""The run-time decision of every site: low rank or exact, taken at first use and kept (math.md §5).
+
+State is keyed by the site and by the parameters that feed its queries and keys, because one compiled block may serve
+many layers. A decision is made once per key, so that the recompute of a checkpoint takes the plan of its first run.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import sympy
+import torch
+
+from polyattn.options import Options
+from polyattn.passes.derive import exact
+from polyattn.passes.kernels import kernels
+from polyattn.rewriter.expr import CHUNK, D, E, N_K, N_Q, R, R1
+from polyattn.rewriter.features import rank, rank_formula
+from polyattn.rewriter.order import plan
+
+
+@dataclass
+class SiteState:
+    """What is known of one site under one set of parameters; FLOPs are of one call, forward and backward."""
+
+    verdict: Literal["low_rank", "exact"]
+    reason: str
+    degree: int | None
+    rank: int | None
+    chunk: int | None
+    gradient: str
+    shape: dict[str, int]
+    flops_before: int
+    flops_after: int
+    flops_before_symbolic: sympy.Expr
+    flops_after_symbolic: sympy.Expr
+    error: float | None = None
+    relative_error: float | None = None
+    guarantee: Literal["audited", "exact", "none"] = "none"
+    calls: int = 0
+    exact_rows: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+
+Key = tuple[str, tuple[object, ...]]
+_lock = threading.Lock()
+_states: dict[Key, SiteState] = {}
+
+
+def key(site: str, owners: Sequence[torch.Tensor], *form: object) -> Key:
+    """The identity of a state: a site, the parameters that feed it, and what else its decision depends on."""
+    return site, (*(owner.data_ptr() for owner in owners), *form)
+
+
+def states(site: str) -> tuple[SiteState, ...]:
+    """The states of a site, in order of first use; empty before its first call."""
+    with _lock:
+        return tuple(state for (name, _), state in _states.items() if name == site)
+
+
+def find(where: Key) -> SiteState | None:
+    with _lock:
+        return _states.get(where)
+
+
+def keep(where: Key, state: SiteState) -> SiteState:
+    """Record a decision; of two threads that decide at once the first one wins."""
+    with _lock:
+        return _states.setdefault(where, state)
+
+
+def reset() -> None:
+    """Forget every decision."""
+    with _lock:
+        _states.clear()
+
+
+@functools.cache
+def symbolic_costs(causal: bool, degree: int, gradient: str) -> tuple[sympy.Expr, sympy.Expr]:
+    """FLOPs per head of forward and backward: exact attention's, and the low-rank plan's (r, r' as polynomials of d)."""
+    name = "causal_softmax" if causal else "softmax"
+    dense = plan(exact(name)).cost()
+    if causal:
+        # Half of the pairs of tokens are masked; terms without a pair are lower order.
+        dense = dense / 2
+    cheap = kernels(causal, degree, gradient).plan.cost()
+    features = {R: rank_formula(degree), R1: rank_formula(degree - 1)}
+    return sympy.expand(dense), sympy.expand(cheap.subs(features))
+
+
+def costs(shape: dict[str, int], causal: bool, degree: int, gradient: str, chunk: int) -> tuple[int, int]:
+    """The same as numbers, for all heads; grouped queries count as further rows of a key head."""
+    groups = shape["heads"] // shape["kv_heads"]
+    values = {N_Q: shape["n_q"] * groups, N_K: shape["n_k"], D: shape["d"], E: shape["e"], CHUNK: chunk}
+    heads = shape["batch"] * shape["kv_heads"]
+    before, after = symbolic_costs(causal, degree, gradient)
+    return int(before.subs(values)) * heads, int(after.subs(values)) * heads
+
+
+def chunk_length(options: Options, d: int, degree: int) -> int:
+    """Tokens per chunk under a causal mask: near the rank, where near and far field cost the same (math.md §6)."""
+    if options.causal_chunk is not None:
+        return options.causal_chunk
+    return min(512, max(64, 1 << (rank(d, degree) - 1).bit_length() >> 1))
+
+
+def decide(shape: dict[str, int], causal: bool, options: Options) -> SiteState:
+    """The verdict by policy and cost; the audit comes after the first low-rank forward."""
+    degree, gradient = options.resolved_degree, options.resolved_gradient
+    chunk = chunk_length(options, shape["d"], degree)
+    before, after = costs(shape, causal, degree, gradient, chunk)
+    symbolic = symbolic_costs(causal, degree, gradient)
+    verdict: Literal["low_rank", "exact"] = "low_rank"
+    if options.policy == "exact":
+        verdict, reason = "exact", "policy='exact'"
+    elif options.policy == "low_rank":
+        reason = "policy='low_rank'"
+    elif options.audit_rows == 0:
+        verdict, reason = "exact", "policy='auto' needs an audit, and audit_rows=0"
+    elif after >= before:
+        verdict, reason = "exact", f"low rank costs {after / before:.2f} times exact attention at this length"
+    else:
+        reason = f"low rank costs {after / before:.2f} times exact attention"
+    low = verdict == "low_rank"
+    return SiteState(
+        verdict=verdict,
+        reason=reason,
+        degree=degree if low else None,
+        rank=rank(shape["d"], degree) if low else None,
+        chunk=chunk if low and causal else None,
+        gradient=gradient,
+        shape=shape,
+        flops_before=before,
+        flops_after=after if low else before,
+        flops_before_symbolic=symbolic[0],
+        flops_after_symbolic=symbolic[1] if low else symbolic[0],
+        guarantee="none" if low else "exact",
+    )
