@@ -93,7 +93,9 @@ class Evaluation:
             if not state.scanned:
                 self.states[state] = value
 
-    def _value(self, n: Node, tiles: dict[Node, torch.Tensor], running: dict[Node, torch.Tensor], start: int) -> torch.Tensor:
+    def _value(
+        self, n: Node, tiles: dict[Node, torch.Tensor], running: dict[Node, torch.Tensor], start: int
+    ) -> torch.Tensor:
         if n in tiles:
             return tiles[n]
         if accumulates(n) and n.scanned:
@@ -163,7 +165,9 @@ class Evaluation:
         else:
             target[:, start : start + self.block] = value
 
-    def _tile(self, n: Node, tiles: dict[Node, torch.Tensor], running: dict[Node, torch.Tensor], start: int) -> torch.Tensor:
+    def _tile(
+        self, n: Node, tiles: dict[Node, torch.Tensor], running: dict[Node, torch.Tensor], start: int
+    ) -> torch.Tensor:
         if n.op == "input":
             return self._rows(n.attr, start)
         if n.op == "weights":

@@ -99,7 +99,7 @@ def forward(
     if fused(q):
         args = (_pad(q, wide), _pad(_spread(k, heads), wide), _pad(_spread(v, heads), wide))
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, 0.0, causal, scale=scale)
-        return out[..., :e].contiguous(), lse
+        return out[..., :e].contiguous(), lse.contiguous()
     groups = heads // k.shape[1]
     rows = torch.arange(q.shape[2], device=q.device)
     result = q.new_empty(*q.shape[:-1], e)

@@ -84,7 +84,9 @@ def derive(form_name: str, degree: int, gradient: str) -> tuple[Step, ...]:
         return program
 
     substituted = gradient == "substituted"
-    p = note("lift", "the site" + (" and its traced autograd graph" if substituted else ""), exact(form_name, substituted))
+    p = note(
+        "lift", "the site" + (" and its traced autograd graph" if substituted else ""), exact(form_name, substituted)
+    )
     if masked:
         p = note("split", "M = M_near + M_far", rules.split_causal(p))
     p = note("approximate", f"exp(S) → polynomial of degree {degree}", approximation.apply(p))

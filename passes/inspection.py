@@ -65,7 +65,9 @@ def sources(*, causal: bool, degree: int, gradient: str) -> dict[str, str]:
     return {"forward": str(made.forward), "backward": str(made.backward(("dQ", "dK", "dV")))}
 
 
-def graphs(*, causal: bool, degree: int, gradient: str, shape: Mapping[str, int]) -> tuple[fx.GraphModule, fx.GraphModule]:
+def graphs(
+    *, causal: bool, degree: int, gradient: str, shape: Mapping[str, int]
+) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Runnable aten graphs of the rewritten forward (Q, K, V, scale 1/√d → O, D) and backward (… G, O, D → dQ, dK, dV).
 
     Their inputs are [heads, groups, n_q, ·] and [heads, n_k, ·] float32; loops over blocks stand unrolled.
@@ -78,7 +80,11 @@ def graphs(*, causal: bool, degree: int, gradient: str, shape: Mapping[str, int]
     names = (c.name for c in Approximation(degree).coefficients)
     scalars = {"s": d**-0.5, **dict(zip(names, taylor(degree), strict=True))}
     block = max(64, min(2048, (1 << 21) // rank(d, degree)))
-    q, k, v = (torch.zeros(heads, groups, shape["n_q"], d), torch.zeros(heads, shape["n_k"], d), torch.zeros(heads, shape["n_k"], e))
+    q, k, v = (
+        torch.zeros(heads, groups, shape["n_q"], d),
+        torch.zeros(heads, shape["n_k"], d),
+        torch.zeros(heads, shape["n_k"], e),
+    )
     g, denominators = torch.zeros(heads, groups, shape["n_q"], e), torch.ones(heads, groups, shape["n_q"])
 
     def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -9,25 +9,30 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import sympy
 import torch
+from functorch import make_fx
 from torch import fx
 
 from polyattn.errors import LiftError
 from polyattn.rewriter import expr as ir
-from polyattn.rewriter.rules import inline_pairs, is_pair
 from polyattn.rewriter.expr import Def, Expr, Factor, Kind, Map, Poly, Program, Tensor, Term
+from polyattn.rewriter.rules import inline_pairs, is_pair
 
 aten = torch.ops.aten
 
 
 def trace(function: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> fx.GraphModule:
-    """The aten graph of a function of (tiny, dense) inputs."""
-    from functorch import make_fx
+    """The aten graph of a function of (tiny, dense) inputs.
 
-    module: fx.GraphModule = make_fx(function)(*inputs)
+    It is taken in a thread of its own: the caller's modes (autograd below an operator, autocast, fake tensors) are
+    local to its thread and must not change what is traced.
+    """
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        module: fx.GraphModule = pool.submit(lambda: make_fx(function)(*inputs)).result()
     return module
 
 
@@ -120,7 +125,9 @@ class Lifter:
             label = "S"
         if label is None and not pair:
             has_values = any(n in ("V", "H") for n in names)
-            label = "N" if has_values and "G" not in names else "D" if len(core.indices) == 1 and "G" not in names else "t"
+            label = (
+                "N" if has_values and "G" not in names else "D" if len(core.indices) == 1 and "G" not in names else "t"
+            )
         label = label or "t"
         unique, number = label, 1
         while unique in self._names:
@@ -212,7 +219,9 @@ def _pow(lifter: Lifter, x: Expr, exponent: Any) -> Expr:
     if exponent == 0 and len(x.terms) == 1 and len(x.terms[0].factors) == 1:
         # x⁰ keeps its axes (a matrix of ones has a size to be summed over)
         (factor,) = x.terms[0].factors
-        return Expr(x.out, (Term(sympy.Integer(1), (Factor(Poly(factor.tensor, (sympy.Integer(1),)), factor.indices),)),))
+        return Expr(
+            x.out, (Term(sympy.Integer(1), (Factor(Poly(factor.tensor, (sympy.Integer(1),)), factor.indices),)),)
+        )
     total = Expr((None,) * len(x.out), ir.scalar(1).terms)
     for _ in range(int(exponent)):
         total = ir.multiply(total, x)

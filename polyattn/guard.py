@@ -18,7 +18,7 @@ import torch
 from polyattn.options import Options
 from polyattn.passes.derive import exact
 from polyattn.passes.kernels import kernels
-from polyattn.rewriter.expr import CHUNK, D, E, N_K, N_Q, R, R1
+from polyattn.rewriter.expr import CHUNK, N_K, N_Q, R1, D, E, R
 from polyattn.rewriter.features import rank, rank_formula
 from polyattn.rewriter.order import plan
 

@@ -78,7 +78,11 @@ def _grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.T
     dtype = _accumulator(q.dtype)
     batch, kv = k.shape[0], k.shape[1]
     queries = q.reshape(batch * kv, q.shape[1] // kv, q.shape[2], q.shape[3])
-    return queries.to(dtype), k.reshape(batch * kv, *k.shape[2:]).to(dtype), v.reshape(batch * kv, *v.shape[2:]).to(dtype)
+    return (
+        queries.to(dtype),
+        k.reshape(batch * kv, *k.shape[2:]).to(dtype),
+        v.reshape(batch * kv, *v.shape[2:]).to(dtype),
+    )
 
 
 def _scalars(scale: float, degree: int) -> dict[str, float]:
@@ -111,7 +115,9 @@ def _run(
 
 def _shape(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, int]:
     names = ("batch", "heads", "kv_heads", "n_q", "n_k", "d", "e")
-    return dict(zip(names, (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3]), strict=True))
+    return dict(
+        zip(names, (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3]), strict=True)
+    )
 
 
 def _bad_rows(out: torch.Tensor, denominators: torch.Tensor) -> torch.Tensor:
@@ -120,7 +126,14 @@ def _bad_rows(out: torch.Tensor, denominators: torch.Tensor) -> torch.Tensor:
 
 
 def _low_rank_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool, degree: int, gradient: str, chunk: int
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    causal: bool,
+    degree: int,
+    gradient: str,
+    chunk: int,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Output and denominators (−1 marks a row that was computed exactly) of grouped tensors, and how many such rows."""
     made = kernels(causal, degree, gradient)
@@ -322,7 +335,10 @@ def _low_rank_backward(
         # Rows may be exact because a feature overflowed; then the low-rank part of the gradient is lost as well.
         overflow = not all(bool(torch.isfinite(x).all()) for x in result.values())
         if overflow:
-            result = {name: torch.zeros_like(dict(zip(("dQ", "dK", "dV"), (qs, ks, vs), strict=True))[name]) for name in wanted}
+            result = {
+                name: torch.zeros_like(dict(zip(("dQ", "dK", "dV"), (qs, ks, vs), strict=True))[name])
+                for name in wanted
+            }
         for h in range(qs.shape[0]):
             for group in range(qs.shape[1]):
                 mask = torch.ones_like(bad[h, group]) if overflow else bad[h, group]
@@ -404,7 +420,9 @@ def attention(
     if q.ndim >= 3 and q.shape[-3] % k.shape[-3]:
         raise ShapeError(f"{q.shape[-3]} query heads cannot be shared out over {k.shape[-3]} key heads")
     lead = q.shape[:-3]
-    four = [x.reshape(-1 if x.ndim > 3 else 1, *((1,) if x.ndim == 2 else x.shape[-3:-2]), *x.shape[-2:]) for x in (q, k, v)]
+    four = [
+        x.reshape(-1 if x.ndim > 3 else 1, *((1,) if x.ndim == 2 else x.shape[-3:-2]), *x.shape[-2:]) for x in (q, k, v)
+    ]
     factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     site = "polyattn.attention"
     if not torch.compiler.is_compiling():

@@ -422,7 +422,9 @@ def canonical(term: Term, out: Iterable[Index | None]) -> Term:
             if index not in open_indices and index not in mapping:
                 (mapping[index],) = fresh((index.kind,), used)
                 used.add(mapping[index])
-    return Term(term.coefficient, tuple(sorted((f.rename(mapping) for f in factors), key=lambda f: (order(f), repr(f)))))
+    return Term(
+        term.coefficient, tuple(sorted((f.rename(mapping) for f in factors), key=lambda f: (order(f), repr(f))))
+    )
 
 
 def map_factors(x: Expr, change: Callable[[Factor], Expr | None]) -> Expr:
@@ -442,7 +444,9 @@ def map_factors(x: Expr, change: Callable[[Factor], Expr | None]) -> Expr:
             following = []
             for left in partial:
                 for t in new.terms:
-                    safe = _avoid(t, t.bound(new.out), used | frozenset(factor.indices) | left.indices | frozenset(inner))
+                    safe = _avoid(
+                        t, t.bound(new.out), used | frozenset(factor.indices) | left.indices | frozenset(inner)
+                    )
                     moved = safe.rename(inner)
                     following.append(Term(left.coefficient * moved.coefficient, left.factors + moved.factors))
             partial = following
@@ -502,7 +506,10 @@ def rebind(x: Expr, new: Mapping[str, Def]) -> Expr:
         return x
     return Expr(
         x.out,
-        tuple(Term(t.coefficient, tuple(Factor(rebind_tensor(f.tensor, new), f.indices) for f in t.factors)) for t in x.terms),
+        tuple(
+            Term(t.coefficient, tuple(Factor(rebind_tensor(f.tensor, new), f.indices) for f in t.factors))
+            for t in x.terms
+        ),
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import sympy
 import torch
 
-from polyattn.rewriter.expr import D, R, R1
+from polyattn.rewriter.expr import R1, D, R
 
 
 @functools.cache
@@ -67,7 +67,8 @@ def selection(d: int, degree: int) -> np.ndarray:
 def layout(d: int, degree: int) -> tuple[tuple[int, ...], ...]:
     """For each degree m ≥ 1 the offset, inside the monomials of degree m − 1, of those whose variables are ≥ a: [m−1][a]."""
     return tuple(
-        tuple(math.comb(d + m - 2, m - 1) - math.comb(d - a + m - 2, m - 1) for a in range(d)) for m in range(1, degree + 1)
+        tuple(math.comb(d + m - 2, m - 1) - math.comb(d - a + m - 2, m - 1) for a in range(d))
+        for m in range(1, degree + 1)
     )
 
 

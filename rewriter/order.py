@@ -140,7 +140,9 @@ class _Planner:
             raise RewriteError(f"no order of {factors} keeps the running sum under M_far apart")
         return found
 
-    def _search(self, factors: list[Factor], out: tuple[Index, ...], scan: tuple[Index, Index] | None) -> _Partial | None:
+    def _search(
+        self, factors: list[Factor], out: tuple[Index, ...], scan: tuple[Index, Index] | None
+    ) -> _Partial | None:
         count = len(factors)
         full = (1 << count) - 1
         holders: dict[Index, int] = {}

@@ -102,7 +102,9 @@ def flops(n: Node, near: bool) -> sympy.Expr:
     """Floating point operations of one node (a multiplication and an addition count as two)."""
     if n.op == "contract":
         patterns, result = n.attr
-        kinds = {name: kind for a, p in zip(n.args, patterns, strict=True) for name, kind in zip(p, a.axes, strict=True)}
+        kinds = {
+            name: kind for a, p in zip(n.args, patterns, strict=True) for name, kind in zip(p, a.axes, strict=True)
+        }
         reduces = set(kinds) - set(result)
         return volume(kinds.values(), near) * (2 if reduces and len(n.args) == 2 else 1)
     if n.op in ("features", "map"):

@@ -19,7 +19,22 @@ import sympy
 
 from polyattn.errors import RewriteError
 from polyattn.rewriter import expr as ir
-from polyattn.rewriter.expr import Def, Expr, Factor, Feature, Index, Kind, Map, Mask, Poly, Program, Select, Tensor, Term, Weights
+from polyattn.rewriter.expr import (
+    Def,
+    Expr,
+    Factor,
+    Feature,
+    Index,
+    Kind,
+    Map,
+    Mask,
+    Poly,
+    Program,
+    Select,
+    Tensor,
+    Term,
+    Weights,
+)
 from polyattn.rewriter.features import rank_symbol
 
 ONE = sympy.Integer(1)

@@ -14,8 +14,22 @@ from collections.abc import Sequence
 
 import sympy
 
-from polyattn.rewriter import expr as ir
-from polyattn.rewriter.expr import Concat, Def, Expr, Factor, Feature, Index, Kind, Map, Mask, Part, Program, Select, Term, Weights
+from polyattn.rewriter.expr import (
+    Concat,
+    Def,
+    Expr,
+    Factor,
+    Feature,
+    Index,
+    Kind,
+    Map,
+    Mask,
+    Part,
+    Program,
+    Select,
+    Term,
+    Weights,
+)
 from polyattn.rewriter.rules import is_pair
 
 ONE = sympy.Integer(1)
@@ -148,7 +162,9 @@ def _across(program: Program) -> Program:
         whole = Def(wide.label + "̂", Expr((out, index), tuple(terms)))
         widths = (column.kind, None)
         replaced = {
-            wide.label: Def(wide.label, Expr((out, column), (Term(ONE, (Factor(Part(whole, 0, widths), (out, column)),)),))),
+            wide.label: Def(
+                wide.label, Expr((out, column), (Term(ONE, (Factor(Part(whole, 0, widths), (out, column)),)),))
+            ),
             narrow.label: Def(narrow.label, Expr((out,), (Term(ONE, (Factor(Part(whole, 1, widths), (out,)),)),))),
         }
         defs: list[Def] = []

@@ -18,7 +18,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = ("rewriter", "passes", "codegen")
 SOURCES = sorted(
-    path for folder in ("polyattn", *LAYERS, "examples", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py")
+    path
+    for folder in ("polyattn", *LAYERS, "examples", "benchmarks", "tests")
+    for path in (ROOT / folder).rglob("*.py")
 )
 
 
@@ -49,7 +51,9 @@ def test_layer_is_linked_into_the_package(layer: str) -> None:
     assert str(link.readlink()) == f"../{layer}", "the link must be relative: it is committed"
     assert link.resolve() == ROOT / layer
     assert (link / "__init__.py").is_file()
-    assert not [path for path in (ROOT / layer).iterdir() if path.is_dir() and path.name != "__pycache__"], "keep it flat"
+    assert not [path for path in (ROOT / layer).iterdir() if path.is_dir() and path.name != "__pycache__"], (
+        "keep it flat"
+    )
 
 
 def test_packages_and_folders_are_the_same(project: dict[str, Any]) -> None:
@@ -65,7 +69,9 @@ def test_wheel_holds_every_module_and_imports(wheel_check: Any, tmp_path: Path) 
     wheel_check.import_all(wheel, tmp_path)
 
 
-def test_wheel_check_notices_a_missing_module(wheel_check: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_wheel_check_notices_a_missing_module(
+    wheel_check: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     wheel = wheel_check.build_wheel(tmp_path)
     monkeypatch.setattr(wheel_check, "module_names", lambda: ["polyattn.errors", "polyattn.missing"])
     with pytest.raises(AssertionError, match=r"No module named 'polyattn\.missing'"):
