@@ -193,7 +193,7 @@ class Evaluation:
             sigma = torch.as_tensor(features.selection(self.head_dim, degree), device=self.device)
             axis = args[0].ndim - len(n.args[0].axes) + position
             taken = args[0].index_select(axis, sigma.flatten())
-            return taken.unflatten(axis, sigma.shape)
+            return taken.reshape(*taken.shape[:axis], *sigma.shape, *taken.shape[axis + 1 :])
         if n.op == "part":
             return _part(args[0], *n.attr)
         if n.op == "concat":

@@ -93,7 +93,7 @@ def fused(q: torch.Tensor) -> bool:
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact attention of [B, H, n, ·] tensors: output and log-sum-exp [B, H, n_q] (zeros where torch's kernel is not used)."""
+    """Exact attention of [B, H, n, ·] tensors: output and log-sum-exp [B, H, n_q] (zeros without torch's kernel)."""
     heads, e = q.shape[1], v.shape[-1]
     wide = max(q.shape[-1], e)
     if fused(q):

@@ -42,7 +42,7 @@ def schedule(name: str, outputs: Mapping[str, Node], chunked: bool) -> KernelSpe
     """Lay outputs (token-level nodes, or states to be returned) out as loops.
 
     Raises:
-        ScheduleError: a tile with two token axes outside of a chunk, or a result that needs running sums of both directions.
+        ScheduleError: a tile with two token axes outside of a chunk, or a result that needs sums of both directions.
     """
     loops = _chunk_loops(outputs) if chunked else _stage_loops(outputs)
     inputs = sorted({str(n.attr) for n in walk(outputs.values()) if n.op == "input"})

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import sympy
 import torch
 
-from polyattn.passes.forms import FORMS, Form
+from polyattn.passes.forms import FORMS, Form, Function
 from polyattn.passes.lift import Lifter, kinds_by_size, trace
 from polyattn.rewriter import rules
 from polyattn.rewriter.expr import Leaf, Mask, Program, Tensor
@@ -31,7 +31,7 @@ def _inputs_of(form: Form, masks: Sequence[Mask]) -> tuple[Tensor, ...]:
     return tuple(t for t in form.inputs if not isinstance(t, Mask)) + tuple(masks)
 
 
-def _lift(form: Form, function: object, inputs: Sequence[Tensor], scalars: Sequence[str], backward: bool) -> Program:
+def _lift(form: Form, function: Function, inputs: Sequence[Tensor], scalars: Sequence[str], backward: bool) -> Program:
     """Trace a function {name: tensor} → O (and its vjp) on tiny inputs and lift the graph."""
     size = kinds_by_size([k for t in inputs for k in t.kinds] + list(form.out))
     generator = torch.Generator().manual_seed(0)
@@ -44,12 +44,13 @@ def _lift(form: Form, function: object, inputs: Sequence[Tensor], scalars: Seque
     wanted = form.differentiable
 
     def forward(*args: torch.Tensor) -> torch.Tensor:
-        return function(dict(zip([*names, *scalars], args, strict=True)))  # type: ignore[operator, no-any-return]
+        return function(dict(zip([*names, *scalars], args, strict=True)))
 
     def joint(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
         env = dict(zip([*names, *scalars], args[:-1], strict=True))
         free = {name: env[name] for name in wanted}
-        out, pull = torch.func.vjp(lambda part: function({**env, **part}), free)  # type: ignore[operator]
+        pulled = torch.func.vjp(lambda part: function({**env, **part}), free)
+        out, pull = pulled[0], pulled[1]
         (gradients,) = pull(args[-1])
         return (out, *(gradients[name] for name in wanted))
 
@@ -101,7 +102,8 @@ def derive(form_name: str, degree: int, gradient: str) -> tuple[Step, ...]:
 
 
 def _differentiate(form: Form, program: Program, approximation: Approximation) -> Program:
-    masks = tuple(Mask(which, form.inputs[-1].kinds) for which in ("near", "far")) if _masked(form) else ()  # type: ignore[arg-type]
+    pairs = [t.axes for t in form.inputs if isinstance(t, Mask)]
+    masks = tuple(Mask(which, axes) for axes in pairs for which in ("near", "far"))
     inputs = _inputs_of(form, masks)
     coefficients = [c.name for c in approximation.coefficients] if _approximated(program) else []
     scalars = [*form.scalars, *coefficients]

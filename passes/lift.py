@@ -65,7 +65,7 @@ class Lifter:
             elif node.op == "output":
                 values = fx.node.map_arg(node.args[0], lambda n: env[n])
                 values = values if isinstance(values, (tuple, list)) else (values,)
-                outputs = {name: value for name, value in zip(names, values, strict=True)}
+                outputs = dict(zip(names, values, strict=True))
                 return Program(tuple(self.defs), outputs)
             else:
                 raise LiftError(f"cannot lift a {node.op} node ({node.name}); trace plain aten functions")
@@ -119,7 +119,13 @@ class Lifter:
     def _label(self, core: Expr) -> str:
         names = sorted(f.tensor.name for f in core.terms[0].factors)
         pair = sum(index.kind.token for index in core.indices) == 2
-        known = {("K", "Q"): "S", ("G", "V"): "dP", ("W", "X"): "Q", ("W_V", "X"): "H", ("G", "H"): "dP"}
+        known: dict[tuple[str, ...], str] = {
+            ("K", "Q"): "S",
+            ("G", "V"): "dP",
+            ("W", "X"): "Q",
+            ("W_V", "X"): "H",
+            ("G", "H"): "dP",
+        }
         label = known.get(tuple(names))
         if label is None and pair and len(core.terms) == 1:
             label = "S"
@@ -277,4 +283,4 @@ _RULES: Mapping[Any, Callable[..., Any]] = {
 
 def kinds_by_size(kinds: Sequence[Kind]) -> dict[Kind, int]:
     """A small distinct size for every kind, for tracing."""
-    return {kind: size for kind, size in zip(dict.fromkeys(kinds), (2, 3, 5, 7, 11, 13), strict=False)}
+    return dict(zip(dict.fromkeys(kinds), (2, 3, 5, 7, 11, 13), strict=False))

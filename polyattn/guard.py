@@ -81,7 +81,7 @@ def reset() -> None:
 
 @functools.cache
 def symbolic_costs(causal: bool, degree: int, gradient: str) -> tuple[sympy.Expr, sympy.Expr]:
-    """FLOPs per head of forward and backward: exact attention's, and the low-rank plan's (r, r' as polynomials of d)."""
+    """FLOPs per head, forward and backward, of exact attention and of the low-rank plan (r, r' as polynomials of d)."""
     name = "causal_softmax" if causal else "softmax"
     dense = plan(exact(name)).cost()
     if causal:

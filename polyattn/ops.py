@@ -135,7 +135,7 @@ def _low_rank_forward(
     gradient: str,
     chunk: int,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Output and denominators (−1 marks a row that was computed exactly) of grouped tensors, and how many such rows."""
+    """Output and denominators (−1 marks rows computed exactly) of grouped tensors; how many rows."""
     made = kernels(causal, degree, gradient)
     d = q.shape[-1]
     block = _block(chunk, causal, features.rank(d, degree), q.shape[1])
@@ -161,14 +161,17 @@ def _audit(
     causal: bool,
     options: Options,
 ) -> None:
-    """Compare random rows with exact attention, in the two units of math.md §5; records the worst row and the ratio of RMS."""
+    """Compare random rows with exact attention, in the two units of math.md §5."""
     heads, groups, n = q.shape[:3]
     generator = torch.Generator().manual_seed(options.seed)
-    picks = torch.randint(heads * groups * n, (options.audit_rows,), generator=generator).unique()
+    drawn = torch.randint(heads * groups * n, (options.audit_rows,), generator=generator).tolist()
+    by_head: dict[int, set[int]] = {}
+    for flat in drawn:
+        by_head.setdefault(flat // n, set()).add(flat % n)
     worst, error2, spread2 = 0.0, 0.0, 0.0
-    for flat in torch.unique(picks // n).tolist():
-        h, g = divmod(flat, groups)
-        rows = (picks[picks // n == flat] % n).to(q.device)
+    for head, chosen in sorted(by_head.items()):
+        h, g = divmod(head, groups)
+        rows = torch.tensor(sorted(chosen), device=q.device)
         wanted = dense.rows_forward(q[h, g, rows], k[h], v[h], rows, scale, causal)
         centre = v[h].mean(0)
         difference = (out[h, g, rows] - wanted).norm(dim=-1)
@@ -183,7 +186,7 @@ def _audit(
 def _decide(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool, options: Options
 ) -> SiteState:
-    """A new decision: by cost, and for low rank an audit of this call; ``auto`` falls back to exact above a tolerance."""
+    """A new decision: by cost, then by an audit of this call; ``auto`` falls back to exact above a tolerance."""
     shape = _shape(q, k, v)
     state = guard.decide(shape, causal, options)
     if state.verdict == "exact" or options.audit_rows == 0 or q.numel() == 0 or k.numel() == 0:
@@ -198,8 +201,8 @@ def _decide(
         state.error <= options.tolerance and state.relative_error <= options.relative_tolerance
     ):
         state.reason = (
-            f"audit: worst row {state.error:.2e} (tolerance {options.tolerance:.0e}), relative {state.relative_error:.2e} "
-            f"(relative_tolerance {options.relative_tolerance:.0e})"
+            f"audit: worst row {state.error:.2e} (tolerance {options.tolerance:.0e}), "
+            f"relative {state.relative_error:.2e} (relative_tolerance {options.relative_tolerance:.0e})"
         )
         state.verdict, state.guarantee = "exact", "exact"
         state.flops_after, state.flops_after_symbolic = state.flops_before, state.flops_before_symbolic
@@ -397,7 +400,7 @@ def attention(
     """Softmax attention, low rank where the policy allows it; differentiable once.
 
     Args:
-        q: [..., heads, n_q, d]; k: [..., kv_heads, n_k, d]; v: [..., kv_heads, n_k, e]; heads is a multiple of kv_heads.
+        q: [..., heads, n_q, d]; k: [..., kv_heads, n_k, d]; v: [..., kv_heads, n_k, e]; kv_heads divides heads.
             [tokens, head_dim] is one head.
         key_mask: not supported yet; must be None.
         causal: query i sees keys j ≤ i (torch's ``is_causal``, also for n_q ≠ n_k).
@@ -428,5 +431,5 @@ def attention(
     if not torch.compiler.is_compiling():
         frame = sys._getframe(1)
         site = f"polyattn.attention at {frame.f_code.co_filename}:{frame.f_lineno}"
-    out = torch.ops.polyattn.attention(*four, [], factor, causal, site, opts.key(), VERSION)[0]
+    out: torch.Tensor = torch.ops.polyattn.attention(*four, [], factor, causal, site, opts.key(), VERSION)[0]
     return out.reshape(*(lead if q.ndim > 3 else ()), *q.shape[-3:-1], v.shape[-1])

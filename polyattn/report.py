@@ -148,8 +148,9 @@ class SiteReport:
             return None, None
         from polyattn.passes import inspection
 
+        sizes = {name: int(size) for name, size in self.shape.items()}
         forward, backward = inspection.graphs(
-            causal=self.causal, degree=self.degree, gradient=self.gradient, shape=self.shape
+            causal=self.causal, degree=self.degree, gradient=self.gradient, shape=sizes
         )
         return forward, backward
 

@@ -1,1 +1,1 @@
-"""The mathematics: index-notation algebra, rewrite rules, contraction order, costs. Imports neither torch.fx nor triton."""
+"""The mathematics: index-notation algebra, rewrite rules, contraction order, costs; neither torch.fx nor triton."""

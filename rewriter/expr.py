@@ -78,7 +78,7 @@ class Leaf(Tensor):
 
 @dataclass(frozen=True)
 class Mask(Tensor):
-    """0/1 on a pair of tokens: ``causal`` (j ≤ i), ``near`` (causal and in i's chunk), ``far`` (in an earlier chunk)."""
+    """0/1 on a pair of tokens: ``causal`` (j ≤ i), ``near`` (causal, in i's chunk), ``far`` (in an earlier chunk)."""
 
     which: str
     axes: tuple[Kind, Kind]

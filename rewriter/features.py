@@ -65,7 +65,7 @@ def selection(d: int, degree: int) -> np.ndarray:
 
 @functools.cache
 def layout(d: int, degree: int) -> tuple[tuple[int, ...], ...]:
-    """For each degree m ≥ 1 the offset, inside the monomials of degree m − 1, of those whose variables are ≥ a: [m−1][a]."""
+    """For each degree m ≥ 1: where, in the monomials of degree m − 1, those in variables ≥ a begin, [m−1][a]."""
     return tuple(
         tuple(math.comb(d + m - 2, m - 1) - math.comb(d - a + m - 2, m - 1) for a in range(d))
         for m in range(1, degree + 1)
@@ -85,7 +85,9 @@ def generate(x: torch.Tensor, degree: int) -> torch.Tensor:
 def weights(coefficients: Sequence[float], d: int) -> np.ndarray:
     """w_α = c_|α| · |α|!/α!, float64 [r], for the polynomial Σ_m c_m x^m."""
     degree = len(coefficients) - 1
-    return np.asarray(coefficients, dtype=np.float64)[degrees(d, degree)] * multinomials(d, degree)
+    by_degree: np.ndarray = np.asarray(coefficients, dtype=np.float64)
+    weighted: np.ndarray = by_degree[degrees(d, degree)] * multinomials(d, degree)
+    return weighted
 
 
 def taylor(degree: int) -> tuple[float, ...]:

@@ -90,11 +90,11 @@ class Interpreter:
             full = torch.zeros(*sigma.shape, features.rank(sigma.shape[1], tensor.degree)).to(self._like)
             return full.scatter(2, sigma.unsqueeze(2), 1.0)
         if isinstance(tensor, Concat):
-            parts = [self.expr(part) for part in tensor.parts]
-            tokens = max(p.shape[0] for p in parts if p.ndim)
+            columns = [self.expr(part) for part in tensor.parts]
+            tokens = max(p.shape[0] for p in columns if p.ndim)
             # a part without factors is a constant column
-            full = [p if p.ndim == 2 else p.unsqueeze(1) if p.ndim else p.expand(tokens, 1) for p in parts]
-            return torch.cat(full, dim=1)
+            wide = [p if p.ndim == 2 else p.unsqueeze(1) if p.ndim else p.expand(tokens, 1) for p in columns]
+            return torch.cat(wide, dim=1)
         if isinstance(tensor, Part):
             return take_part(self.tensor(tensor.whole), tensor)
         raise RewriteError(f"no dense meaning for {type(tensor).__name__}")

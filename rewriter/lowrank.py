@@ -26,7 +26,7 @@ class Approximation:
         return tuple(sympy.Symbol(f"a{m}", positive=True) for m in range(self.degree + 1))
 
     def relative_error(self, bound: float) -> float:
-        """Largest |p(x) e^{−x} − 1| on |x| ≤ bound for Taylor's p (Lagrange's remainder): bound^{g+1}/(g+1)! · e^{2 bound}."""
+        """Bound of |p(x) e^{−x} − 1| on |x| ≤ bound for Taylor's p, by Lagrange's remainder."""
         return bound ** (self.degree + 1) / math.factorial(self.degree + 1) * math.exp(2 * bound)
 
     def apply(self, program: Program) -> Program:

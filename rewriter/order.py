@@ -8,7 +8,7 @@ differs from chunk to chunk, so that nothing but a token's own row is combined w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -35,6 +35,9 @@ from polyattn.rewriter.plan import Node, Plan, node
 NOMINAL = {"n_q": 65536.0, "n_k": 65536.0, "n": 65536.0, "d": 32.0, "e": 32.0, "r": 561.0, "r'": 33.0, "C": 512.0}
 MAX_FACTORS = 9
 
+_Score = tuple[int, float, float]
+"""Degree in n of the largest step, FLOPs, elements of the largest intermediate."""
+
 
 def plan(program: Program) -> Plan:
     """Give every expression of a program an order.
@@ -49,7 +52,7 @@ def plan(program: Program) -> Plan:
 class _Partial:
     """The best way found to contract a subset of factors."""
 
-    score: tuple[int, float, float]
+    score: _Score
     node: Node
     indices: tuple[Index, ...]
 
@@ -162,7 +165,7 @@ class _Planner:
             return along is None or holders[along] & subset == 0
 
         for subset in range(1, full + 1):
-            candidates: list[tuple[tuple[int, float, float], int, int]] = []
+            candidates: list[tuple[_Score, int, int]] = []
             if subset & (subset - 1) == 0:
                 position = subset.bit_length() - 1
                 factor = factors[position]
@@ -184,13 +187,23 @@ class _Planner:
                 best[subset] = self._build(factors, best, left, right, score, gone, summed, along)
         return best.get(full)
 
-    def _select(self, factors: list[Factor], subset: int) -> Factor | None:
+    @staticmethod
+    def _select(factors: list[Factor], subset: int) -> Factor | None:
         if subset & (subset - 1):
             return None
         factor = factors[subset.bit_length() - 1]
         return factor if isinstance(factor.tensor, Select) else None
 
-    def _combine(self, factors, best, left, right, gone, scanned, pure):  # type: ignore[no-untyped-def]
+    def _combine(
+        self,
+        factors: list[Factor],
+        best: dict[int, _Partial],
+        left: int,
+        right: int,
+        gone: Callable[[Index, int], bool],
+        scanned: Callable[[int], bool],
+        pure: Callable[[int], bool],
+    ) -> _Score | None:
         subset = left | right
         for single, other in ((left, right), (right, left)):
             select = self._select(factors, single)
@@ -214,7 +227,7 @@ class _Planner:
         for one, other in ((left, right), (right, left)):
             if scanned(one) and pure(one) and pure(other):
                 return None
-        if not scanned(left) and not scanned(right) and self._mixed(factors, left, right, scanned, pure):
+        if not scanned(left) and not scanned(right) and scanned(subset) and not pure(subset):
             return None
         tokens = sum(i.kind.token for i in union)
         tokens = 1 if self.near and tokens == 2 else tokens
@@ -227,12 +240,17 @@ class _Planner:
             max(x.score[2], y.score[2], self.size(made)),
         )
 
-    @staticmethod
-    def _mixed(factors, left, right, scanned, pure) -> bool:  # type: ignore[no-untyped-def]
-        """Whether both tokens of M_far would meet before the sum over one of them is done."""
-        return scanned(left | right) and not pure(left | right)
-
-    def _build(self, factors, best, left, right, score, gone, summed, along) -> _Partial:  # type: ignore[no-untyped-def]
+    def _build(
+        self,
+        factors: list[Factor],
+        best: dict[int, _Partial],
+        left: int,
+        right: int,
+        score: _Score,
+        gone: Callable[[Index, int], bool],
+        summed: Index | None,
+        along: Index | None,
+    ) -> _Partial:
         subset = left | right
         for single, other in ((left, right), (right, left)):
             select = self._select(factors, single)
@@ -242,7 +260,7 @@ class _Planner:
                 position = held.indices.index(alpha)
                 indices = (*held.indices[:position], beta, a, *held.indices[position + 1 :])
                 kinds = tuple(i.kind for i in indices)
-                made = node("gather", (held.node,), kinds, (position, select.tensor.degree), held.node.scan)
+                made = node("gather", (held.node,), kinds, (position, _degree(select)), held.node.scan)
                 return _Partial(score, made, indices)
         x, y = sorted((best[left], best[right]), key=lambda p: p.node.serial)
         union = list(dict.fromkeys((*x.indices, *y.indices)))
@@ -254,7 +272,7 @@ class _Planner:
             (tuple(number[i] for i in x.indices), tuple(number[i] for i in y.indices)),
             tuple(number[i] for i in indices),
         )
-        scan = along.kind.letter if summed in lost else None
+        scan = along.kind.letter if summed in lost and along is not None else None
         return _Partial(score, node("contract", (x.node, y.node), tuple(i.kind for i in indices), attr, scan), indices)
 
     def _reduce(self, x: _Partial, lost: list[Index], summed: Index | None, along: Index | None) -> _Partial:
@@ -268,3 +286,8 @@ class _Planner:
         tokens = 1 if self.near and tokens == 2 else tokens
         score = (max(x.score[0], tokens), x.score[1] + self.size(x.indices), max(x.score[2], self.size(kept)))
         return _Partial(score, node("contract", (x.node,), tuple(i.kind for i in kept), attr, scan), kept)
+
+
+def _degree(select: Factor) -> int:
+    assert isinstance(select.tensor, Select)
+    return select.tensor.degree

@@ -14,8 +14,7 @@ from typing import Any
 
 import sympy
 
-from polyattn.rewriter.expr import CHUNK, HEAD, Kind
-from polyattn.rewriter.features import rank_symbol
+from polyattn.rewriter.expr import CHUNK, Kind
 
 _lock = threading.Lock()
 _nodes: dict[Any, Node] = {}
@@ -78,11 +77,11 @@ def walk(roots: Iterable[Node], known: Iterable[Node] = ()) -> Iterator[Node]:
         yield from visit(root)
 
 
-def volume(kinds: Iterable[Kind], near: bool, extra: sympy.Expr = sympy.Integer(1)) -> sympy.Expr:
+def volume(kinds: Iterable[Kind], near: bool) -> sympy.Expr:
     """Number of elements over these axes; a near pair of tokens has n·C of them."""
     kinds = list(kinds)
     tokens = [k.size for k in kinds if k.token]
-    total = extra
+    total = sympy.Integer(1)
     for kind in kinds:
         if not kind.token:
             total *= kind.size
@@ -141,8 +140,3 @@ class Plan:
             size = elements(made, self.near).subs({k.size: n for k in made.axes if k.token})
             degree = max(degree, int(sympy.degree(size, n)) if size.has(n) else 0)
         return degree
-
-
-def head_rank(degree: int) -> sympy.Expr:
-    """Number of (β, a) pairs of a selection, r'·d."""
-    return rank_symbol(1) * HEAD.size

@@ -1,11 +1,11 @@
 """The exact rules. Each is an identity (math.md §2, §6):
 
     inline      dP[i,j] → Σ_b G[i,b] V[j,b]                     a pair of tokens is never an intermediate
-    reuse       Σ_j A[i,j] V[j,b] x → N[i,b] x                  a product that has a name already (rowsum(P ∘ dP) = rowsum(G ∘ O))
+    reuse       Σ_j A[i,j] V[j,b] x → N[i,b] x        a named product (rowsum(P∘dP) = rowsum(G∘O))
     split       M → M_near + M_far                              causal mask: inside i's chunk, in an earlier chunk (§6)
-    power       S · S → (S²);  c₀ T + c₁ S T → (c₀ + c₁ S) T     one polynomial of the score per term
-    kronecker   p(U Wᵀ) → Σ_α w_α Φ(U)_α Φ(W)_α                  Hadamard powers are row-wise Kronecker powers, each monomial once
-    compress    Φ_{g−1}(K)[j,β] K[j,a] → Σ_α C[β,a,α] Φ_g(K)[j,α]  the product of monomials is a monomial: a selection of columns
+    power       S·S → (S²);  c₀T + c₁ST → (c₀ + c₁S)T  one polynomial of the score per term
+    kronecker   p(UWᵀ) → Σ_α w_α Φ(U)_α Φ(W)_α          Hadamard powers are row-wise Kronecker powers
+    compress    Φ_{g−1}(K)[j,β] K[j,a] → Σ_α C[β,a,α] Φ_g(K)[j,α]   monomial times variable: a monomial
     stack       U₁W₁ᵀ + U₂W₂ᵀ → [U₁,U₂][W₁,W₂]ᵀ;  AW₁, AW₂ → A[W₁,W₂]   the compact form Ĝ V̂ᵀ
 
 A rule maps a program to a program and raises RewriteError with a reason where its side condition fails.
@@ -58,7 +58,7 @@ def inline_pairs(x: Expr, keep: Iterable[str] = ()) -> Expr:
 
 
 def scores(program: Program) -> tuple[str, ...]:
-    """Names of the definitions that a nonlinear function is taken of: arguments of exp, and what is multiplied by itself."""
+    """Names of the definitions that are scores: arguments of exp, and what is multiplied by itself."""
     found: dict[str, None] = {}
     for _, expr in program.expressions():
         for term in expr.terms:
@@ -172,8 +172,8 @@ def powers(program: Program) -> Program:
     names = scores(program)
 
     def change(x: Expr) -> Expr:
-        groups: dict[tuple[tuple[Factor, ...], tuple[Index, ...] | None], dict[int, sympy.Expr]] = {}
-        bases: dict[tuple[tuple[Factor, ...], tuple[Index, ...] | None], Tensor] = {}
+        groups: dict[tuple[tuple[Factor, ...], tuple[Index, ...]], dict[int, sympy.Expr]] = {}
+        bases: dict[tuple[tuple[Factor, ...], tuple[Index, ...]], Tensor] = {}
         others: list[Term] = []
         for term in x.terms:
             coefficients: list[sympy.Expr] = [term.coefficient]
@@ -201,7 +201,7 @@ def powers(program: Program) -> Program:
         for term in others:
             # A constant term joins the polynomial that has the same other factors.
             keys = [key for key in groups if key[0] == term.factors]
-            if len(keys) == 1 and not (set(keys[0][1] or ()) - term.indices - set(x.out)):
+            if len(keys) == 1 and not (set(keys[0][1]) - term.indices - set(x.out)):
                 groups[keys[0]][0] = groups[keys[0]].get(0, sympy.Integer(0)) + term.coefficient
         left = [t for t in others if not any(key[0] == t.factors for key in groups)]
         made = []
@@ -211,7 +211,7 @@ def powers(program: Program) -> Program:
                 dense = dense[:-1]
             sign = -ONE if dense[-1].could_extract_minus_sign() else ONE
             poly = Poly(bases[key], tuple(sympy.expand(sign * c) for c in dense))
-            made.append(Term(sign, (*key[0], Factor(poly, key[1] or ()))))
+            made.append(Term(sign, (*key[0], Factor(poly, key[1]))))
         return ir.collect(Expr(x.out, tuple(left + made)))
 
     return program.rewrite(change)

@@ -116,11 +116,11 @@ def _merge(rest: tuple[Factor, ...], members: list[tuple[Term, tuple[Factor, ...
     order = sorted(range(len(members)), key=lambda p: columns[p] is None)
     hat = _hat(wide[0].kind, len(members) - 1)
     index = Index(hat)
-    factors = []
+    stacked: list[Factor] = []
     for token in tokens:
         tensor = labels.concat(tuple(parts[token][p] for p in order), hat)
-        factors.append(Factor(tensor, (token, index)))
-    return Term(unit, (*rest, *factors))
+        stacked.append(Factor(tensor, (token, index)))
+    return Term(unit, (*rest, *stacked))
 
 
 class _Labels:
