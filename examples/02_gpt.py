@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     eager_model, compiled_model = copy.deepcopy(model), copy.deepcopy(model)
     compiled = torch.compile(compiled_model, backend="polyattn", options=options)
     inputs, targets = batches[0]
-    gpt_model.loss_of(eager_model(inputs), targets).backward()
-    gpt_model.loss_of(compiled(inputs), targets).backward()
+    gpt_model.loss_of(eager_model(inputs), targets).backward()  # type: ignore[no-untyped-call]
+    gpt_model.loss_of(compiled(inputs), targets).backward()  # type: ignore[no-untyped-call]
     errors = gradient_errors(compiled_model, eager_model)
     for name, error in errors.items():
         print(f"  {error:.1e}  {name}")
@@ -78,7 +78,7 @@ def train(run: Any, model: torch.nn.Module, batches: Sequence[tuple[torch.Tensor
     for inputs, targets in batches:
         optimizer.zero_grad()
         loss = gpt_model.loss_of(run(inputs), targets)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(loss.item())
     return losses

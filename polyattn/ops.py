@@ -29,7 +29,7 @@ from polyattn.rewriter import features
 from polyattn.rewriter.lowrank import Approximation
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-TILE_ELEMENTS = 1 << 21
+TILE_ELEMENTS = 1 << 19
 """Elements of one block's feature tile, all heads of a group together."""
 
 

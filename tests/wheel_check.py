@@ -23,7 +23,9 @@ SOURCES = ("pyproject.toml", "README.md", "LICENSE", "polyattn", *LAYERS)
 PROBE = """
 import importlib, importlib.metadata, sys
 target, names = sys.argv[1], sys.argv[2:]
-sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in str(getattr(finder, "__module__", finder))]
+sys.meta_path[:] = [
+    finder for finder in sys.meta_path if "__editable__" not in str(getattr(finder, "__module__", finder))
+]
 failed = []
 for name in names:
     try:
