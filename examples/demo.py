@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--context", type=int, default=8192, help="tokens of a batch (default: %(default)s)")
+    parser.add_argument("--context", type=int, default=4096, help="tokens of a batch (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=24, help=f"more than {WARM_UP} (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
