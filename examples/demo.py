@@ -190,8 +190,12 @@ class Worker:
         for name in ("context", "steps", "learning_rate", "seed", "policy", "degree"):
             if (value := getattr(chosen, name)) is not None:
                 command += [f"--{name.replace('_', '-')}", str(value)]
+        # threads that spin at every barrier multiply the time of a step when another process takes one of the cores
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
         self.backend = backend
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
 
     def step(self) -> float:
         """The loss of one more step. Raises SystemExit when the run has failed."""
