@@ -232,22 +232,8 @@ class Evaluation:
 
     def _contract(self, n: Node, args: list[torch.Tensor]) -> torch.Tensor:
         patterns, result = n.attr
-        if len(args) == 2 and set(result) == {index for pattern in patterns for index in pattern}:
-            # Nothing is summed: a product, which einsum would run as many 1 x 1 matrix products.
-            left, right = (_align(x, pattern, result) for x, pattern in zip(args, patterns, strict=True))
-            return left * right
         inputs = ",".join("..." + "".join(_LETTERS[p] for p in pattern) for pattern in patterns)
         return torch.einsum(f"{inputs}->...{''.join(_LETTERS[p] for p in result)}", *args)
-
-
-def _align(x: torch.Tensor, pattern: tuple[int, ...], result: tuple[int, ...]) -> torch.Tensor:
-    """The tensor with its last axes in the order of the result, axes of size one where it has none."""
-    batch = x.ndim - len(pattern)
-    x = x.permute(*range(batch), *(batch + pattern.index(index) for index in result if index in pattern))
-    for position, index in enumerate(result):
-        if index not in pattern:
-            x = x.unsqueeze(batch + position)
-    return x
 
 
 def _part(whole: torch.Tensor, part: int, widths: tuple[Any, ...]) -> torch.Tensor:
