@@ -6,7 +6,6 @@ Both targets are tested against this, and it runs on any device and dtype.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import sympy
 import torch
@@ -15,8 +14,13 @@ from polyattn.codegen.schedule import accumulates, is_state
 from polyattn.codegen.spec import KernelSpec, Loop
 from polyattn.errors import ScheduleError
 from polyattn.rewriter import features
+from polyattn.rewriter.expr import D, E
+from polyattn.rewriter.features import rank_symbol
+from polyattn.rewriter.interpret import take_part
 from polyattn.rewriter.plan import Node
 
+QUERY_SIDE = frozenset({"Q", "G", "O", "D", "dQ"})
+"""Inputs and outputs whose tokens are queries; the others' are keys."""
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -27,7 +31,6 @@ class Evaluation:
         inputs: name → tensor. Query-side ones are [heads, groups, n_q, ·] (or without the last axis), key-side ones
             [heads, n_k, ·]; states as they were returned by an earlier kernel.
         scalars: values of the symbols in coefficients.
-        query_side: names of the query-side inputs and outputs.
         block: tokens per block; under a causal mask the chunk length.
     """
 
@@ -38,12 +41,9 @@ class Evaluation:
         scalars: Mapping[str, float],
         head_dim: int,
         block: int,
-        query_side: frozenset[str] = frozenset({"Q", "G", "O", "D", "dQ"}),
-        query_axis: str = "i",
     ) -> None:
         self.spec, self.inputs, self.scalars = spec, inputs, scalars
         self.head_dim, self.block = head_dim, block
-        self.query_side, self.query_axis = query_side, query_axis
         self.states: dict[Node, torch.Tensor] = {}
         self.constants: dict[Node, torch.Tensor] = {}
         self.outputs: dict[str, torch.Tensor] = {}
@@ -61,29 +61,22 @@ class Evaluation:
     # -- loops ---------------------------------------------------------------------------------------------------
 
     def _tokens(self, letter: str) -> int:
-        for name in sorted(self.inputs):
-            query = name in self.query_side
-            if (letter == self.query_axis) == query and name in self.spec.inputs and name not in ("S",):
-                return self.inputs[name].shape[2 if query else 1]
-        return 0
+        return self.inputs["Q"].shape[2] if letter == "i" else self.inputs["K"].shape[1]
 
     def _loop(self, loop: Loop) -> None:
         if loop.axis is not None:
             n = self._tokens(loop.axis.letter)
-            starts = list(range(0, n, self.block))
         else:
             n = max(self._tokens("i"), self._tokens("j"))
-            starts = list(range(0, n, self.block))
-            if loop.descending:
-                starts.reverse()
+        starts = range(0, n, self.block)
         running: dict[Node, torch.Tensor] = {}
-        for start in starts:
+        for start in reversed(starts) if loop.descending else starts:
             tiles: dict[Node, torch.Tensor] = {}
             for tile in loop.tiles:
                 tiles[tile] = self._tile(tile, tiles, running, start)
             for name, n_out in loop.stores:
                 if n_out.tokens:
-                    self._store(name, self._value(n_out, tiles, running, start), start, n_out)
+                    self._store(name, self._value(n_out, tiles, running, start), start)
             for state in loop.accumulate:
                 if any(a.tokens and self._value(a, tiles, running, start).shape[-len(a.axes)] == 0 for a in state.args):
                     continue
@@ -108,23 +101,12 @@ class Evaluation:
         return self._tile(n, tiles, running, start)
 
     def _zeros(self, n: Node) -> torch.Tensor:
-        sizes = {"a": self.head_dim}
-        d = self.head_dim
-        heads = next(iter(self.inputs.values())).shape[0]
-        shape = []
-        top = max((m.attr for m in self._features()), default=1)
-        for kind in n.axes:
-            letter = kind.letter
-            if letter in "αβγδε":
-                shape.append(features.rank(d, top - "αβγδε".index(letter)))
-            elif letter.startswith("b"):
-                shape.append(self.inputs["V"].shape[-1] + (1 if len(letter) > 1 else 0))
-            else:
-                shape.append(sizes[letter])
-        return torch.zeros(heads, *shape, dtype=self.dtype, device=self.device)
-
-    def _features(self) -> list[Node]:
-        return [t for loop in self.spec.loops for t in loop.tiles if t.op == "features"]
+        """A running sum to which nothing has been added."""
+        top = max(t.attr for loop in self.spec.loops for t in loop.tiles if t.op == "features")
+        ranks = {rank_symbol(lower): features.rank(self.head_dim, top - lower) for lower in range(top + 1)}
+        sizes = {D: self.head_dim, E: self.inputs["V"].shape[-1], **ranks}
+        heads = self.inputs["Q"].shape[0]
+        return torch.zeros(heads, *(int(k.size.subs(sizes)) for k in n.axes), dtype=self.dtype, device=self.device)
 
     def _state(self, n: Node) -> torch.Tensor:
         if n not in self.states:
@@ -147,13 +129,13 @@ class Evaluation:
 
     def _rows(self, name: str, start: int) -> torch.Tensor:
         x = self.inputs[name]
-        if name in self.query_side:
+        if name in QUERY_SIDE:
             part = x[:, :, start : start + self.block]
             return part.reshape(x.shape[0], part.shape[1] * part.shape[2], *x.shape[3:])
         return x[:, start : start + self.block]
 
-    def _store(self, name: str, value: torch.Tensor, start: int, n: Node) -> None:
-        query = name in self.query_side
+    def _store(self, name: str, value: torch.Tensor, start: int) -> None:
+        query = name in QUERY_SIDE
         like = self.inputs["Q" if query else "K"]
         if name not in self.outputs:
             shape = (*like.shape[:-1], *value.shape[2:])
@@ -195,7 +177,7 @@ class Evaluation:
             taken = args[0].index_select(axis, sigma.flatten())
             return taken.reshape(*taken.shape[:axis], *sigma.shape, *taken.shape[axis + 1 :])
         if n.op == "part":
-            return _part(args[0], *n.attr)
+            return take_part(args[0], *n.attr)
         if n.op == "concat":
             return self._concat(n, args)
         if n.op == "sum":
@@ -234,10 +216,3 @@ class Evaluation:
         patterns, result = n.attr
         inputs = ",".join("..." + "".join(_LETTERS[p] for p in pattern) for pattern in patterns)
         return torch.einsum(f"{inputs}->...{''.join(_LETTERS[p] for p in result)}", *args)
-
-
-def _part(whole: torch.Tensor, part: int, widths: tuple[Any, ...]) -> torch.Tensor:
-    before = sum(1 for w in widths[:part] if w is None)
-    after = sum(1 for w in widths[part + 1 :] if w is None)
-    start = before + (whole.shape[-1] - sum(1 for w in widths if w is None) if any(widths[:part]) else 0)
-    return whole[..., start] if widths[part] is None else whole[..., start : whole.shape[-1] - after]

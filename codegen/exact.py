@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from polyattn.rewriter.expr import Map, Mask, Program, Tensor
+from polyattn.rewriter.expr import Map, Program, Tensor
 from polyattn.rewriter.interpret import Interpreter
 
 ROWS = 256
@@ -67,10 +67,6 @@ def rows_backward(
         dk += made["dK"]
         dv += made["dV"]
     return torch.cat(dq) if dq else q.new_zeros(0, q.shape[-1]), dk, dv
-
-
-def masks(program: Program) -> bool:
-    return any(isinstance(f.tensor, Mask) for _, x in program.expressions() for t in x.terms for f in t.factors)
 
 
 # -- whole tensors ---------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def substitute(root: Node, known: Mapping[Node, Node]) -> Node:
 
 def is_state(n: Node) -> bool:
     """Whether a value has no token axis (weights are constants, not states)."""
-    return n.tokens == 0 and n.op not in ("weights",) and any(m.tokens or m.op == "input" for m in walk([n]))
+    return n.tokens == 0 and n.op != "weights" and any(m.tokens or m.op == "input" for m in walk([n]))
 
 
 def accumulates(n: Node) -> bool:
@@ -50,13 +50,12 @@ def schedule(name: str, outputs: Mapping[str, Node], chunked: bool) -> KernelSpe
     return KernelSpec(name, tuple(loops), states, tuple(inputs), chunked)
 
 
-def _tiles(roots: Iterable[Node], stop: Iterable[Node]) -> tuple[Node, ...]:
+def _tiles(roots: Iterable[Node]) -> tuple[Node, ...]:
     """Token-level nodes (and constants) that the roots need inside one loop, arguments first."""
-    halted = set(stop)
     seen: dict[Node, None] = {}
 
     def visit(n: Node) -> None:
-        if n in halted or n in seen or (is_state(n) and not n.scanned) or accumulates(n):
+        if n in seen or (is_state(n) and not n.scanned) or accumulates(n):
             return
         for a in n.args:
             visit(a)
@@ -88,7 +87,7 @@ def _stage_loops(outputs: Mapping[str, Node]) -> list[Loop]:
     loops = []
     for (_, axis), (sums, stores) in sorted(plan.items(), key=lambda item: (item[0][0], item[0][1].letter)):
         roots = [a for n in sums for a in n.args] + [n for _, n in stores]
-        loops.append(Loop(axis, False, _tiles(roots, ()), tuple(sums), tuple(stores)))
+        loops.append(Loop(axis, False, _tiles(roots), tuple(sums), tuple(stores)))
     return loops
 
 
@@ -103,5 +102,5 @@ def _chunk_loops(outputs: Mapping[str, Node]) -> list[Loop]:
     for descending, wanted in sorted(plan.items()):
         sums = tuple(m for m in walk(wanted.values()) if accumulates(m))
         roots = [a for m in sums for a in m.args] + list(wanted.values())
-        loops.append(Loop(None, descending, _tiles(roots, ()), sums, tuple(wanted.items())))
+        loops.append(Loop(None, descending, _tiles(roots), sums, tuple(wanted.items())))
     return loops

@@ -12,7 +12,7 @@ import torch
 from polyattn.passes.forms import FORMS, Form, Function
 from polyattn.passes.lift import Lifter, kinds_by_size, trace
 from polyattn.rewriter import rules
-from polyattn.rewriter.expr import Leaf, Mask, Program, Tensor
+from polyattn.rewriter.expr import Mask, Program, Tensor
 from polyattn.rewriter.interpret import Interpreter
 from polyattn.rewriter.lowrank import Approximation
 from polyattn.rewriter.stack import stack
@@ -25,10 +25,6 @@ class Step:
     rule: str
     note: str
     program: Program
-
-
-def _inputs_of(form: Form, masks: Sequence[Mask]) -> tuple[Tensor, ...]:
-    return tuple(t for t in form.inputs if not isinstance(t, Mask)) + tuple(masks)
 
 
 def _lift(form: Form, function: Function, inputs: Sequence[Tensor], scalars: Sequence[str], backward: bool) -> Program:
@@ -104,25 +100,10 @@ def derive(form_name: str, degree: int, gradient: str) -> tuple[Step, ...]:
 def _differentiate(form: Form, program: Program, approximation: Approximation) -> Program:
     pairs = [t.axes for t in form.inputs if isinstance(t, Mask)]
     masks = tuple(Mask(which, axes) for axes in pairs for which in ("near", "far"))
-    inputs = _inputs_of(form, masks)
-    coefficients = [c.name for c in approximation.coefficients] if _approximated(program) else []
-    scalars = [*form.scalars, *coefficients]
+    inputs = [*(t for t in form.inputs if not isinstance(t, Mask)), *masks]
+    scalars = [*form.scalars, *(c.name for c in approximation.coefficients)]
 
     def forward(env: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return Interpreter(env, env).program(program)["O"]
 
     return _lift(form, forward, inputs, scalars, backward=True)
-
-
-def _masked(form: Form) -> bool:
-    return any(isinstance(t, Mask) for t in form.inputs)
-
-
-def _approximated(program: Program) -> bool:
-    symbols = {s.name for _, x in program.expressions() for t in x.terms for s in t.coefficient.free_symbols}
-    polys = [f.tensor for _, x in program.expressions() for t in x.terms for f in t.factors]
-    inner = {s.name for p in polys for c in getattr(p, "coefficients", ()) for s in c.free_symbols}
-    return any(name.startswith("a") for name in symbols | inner)
-
-
-__all__ = ["Leaf", "Step", "derive", "exact"]

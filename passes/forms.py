@@ -62,6 +62,11 @@ def _square(x: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return (1 + x["Q"] @ x["K"].t()).pow(2) @ x["V"]
 
 
+def softmax_form(causal: bool) -> str:
+    """The name of softmax attention's form with or without a causal mask."""
+    return "causal_softmax" if causal else "softmax"
+
+
 _OUT = (QUERY, VALUE)
 FORMS: Mapping[str, Form] = {
     form.name: form

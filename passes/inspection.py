@@ -11,8 +11,9 @@ from torch import fx
 
 from polyattn.codegen.evaluate import Evaluation
 from polyattn.passes.derive import Step, derive, exact
+from polyattn.passes.forms import softmax_form
 from polyattn.passes.kernels import kernels
-from polyattn.rewriter.features import rank, taylor
+from polyattn.rewriter.features import rank
 from polyattn.rewriter.lowrank import Approximation
 from polyattn.rewriter.order import plan
 from polyattn.rewriter.plan import walk
@@ -55,7 +56,7 @@ def _gradients(outputs: Mapping[str, object]) -> list[str]:
 
 def derivation(*, causal: bool, degree: int, gradient: str) -> Derivation:
     """The derivation of softmax attention; ``str`` of it is the readable log."""
-    form = "causal_softmax" if causal else "softmax"
+    form = softmax_form(causal)
     return Derivation(derive(form, degree, gradient), form, degree, gradient)
 
 
@@ -77,8 +78,7 @@ def graphs(
     made = kernels(causal, degree, gradient)
     d, e = shape["d"], shape["e"]
     heads, groups = shape["batch"] * shape["kv_heads"], shape["heads"] // shape["kv_heads"]
-    names = (c.name for c in Approximation(degree).coefficients)
-    scalars = {"s": d**-0.5, **dict(zip(names, taylor(degree), strict=True))}
+    scalars = {"s": d**-0.5, **Approximation(degree).values}
     block = max(64, min(2048, (1 << 21) // rank(d, degree)))
     q, k, v = (
         torch.zeros(heads, groups, shape["n_q"], d),

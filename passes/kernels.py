@@ -10,6 +10,7 @@ from polyattn.codegen.schedule import schedule, substitute
 from polyattn.codegen.spec import KernelSpec
 from polyattn.errors import ScheduleError
 from polyattn.passes.derive import derive
+from polyattn.passes.forms import softmax_form
 from polyattn.rewriter.order import plan
 from polyattn.rewriter.plan import Node, Plan, node
 
@@ -35,7 +36,7 @@ class Kernels:
 @functools.cache
 def kernels(causal: bool, degree: int, gradient: str) -> Kernels:
     """The kernels of softmax attention, derived once per (causal, degree, gradient)."""
-    made = plan(derive("causal_softmax" if causal else "softmax", degree, gradient)[-1].program)
+    made = plan(derive(softmax_form(causal), degree, gradient)[-1].program)
     out = made.outputs["O"]
     if out.op != "contract" or len(out.args) != 2:
         raise ScheduleError(f"the output is not numerator times 1/denominator but {out}")

@@ -173,7 +173,7 @@ def _normal(x: Expr) -> Expr:
         return ir.collect(x)
     renamed = []
     for term in x.terms:
-        safe = ir._avoid(term, term.bound(x.out), frozenset(new) | frozenset(mapping))
+        safe = ir.avoid(term, term.bound(x.out), frozenset(new) | frozenset(mapping))
         renamed.append(safe.rename(mapping))
     return ir.collect(Expr(new, tuple(renamed)))
 

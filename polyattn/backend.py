@@ -1,10 +1,9 @@
 """``torch.compile(model, backend="polyattn")``: passes, inner compiler, and the way back when something goes wrong.
 
 The entry point ``torch_dynamo_backends`` names :func:`polyattn`. An exception inside the passes, or inside the inner
-compiler while it
-works on the rewritten graph, leaves the user's graph untouched: it is compiled by the inner compiler alone, the
-report says
-why (``Report.failure``), and one warning is logged. Mistakes of the user (options, ``expect_sites``) raise.
+compiler while it works on the rewritten graph, leaves the user's graph untouched: it is compiled by the inner compiler
+alone, the report says why (``Report.failure``), and one warning is logged. Mistakes of the user (options,
+``expect_sites``) raise.
 """
 
 from __future__ import annotations

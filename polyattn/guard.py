@@ -17,6 +17,7 @@ import torch
 
 from polyattn.options import Options
 from polyattn.passes.derive import exact
+from polyattn.passes.forms import softmax_form
 from polyattn.passes.kernels import kernels
 from polyattn.rewriter.expr import CHUNK, N_K, N_Q, R1, D, E, R
 from polyattn.rewriter.features import rank, rank_formula
@@ -82,8 +83,7 @@ def reset() -> None:
 @functools.cache
 def symbolic_costs(causal: bool, degree: int, gradient: str) -> tuple[sympy.Expr, sympy.Expr]:
     """FLOPs per head, forward and backward, of exact attention and of the low-rank plan (r, r' as polynomials of d)."""
-    name = "causal_softmax" if causal else "softmax"
-    dense = plan(exact(name)).cost()
+    dense = plan(exact(softmax_form(causal))).cost()
     if causal:
         # Half of the pairs of tokens are masked; terms without a pair are lower order.
         dense = dense / 2

@@ -24,7 +24,8 @@ from polyattn.errors import DeviceError, DoubleBackwardError, DtypeError, ShapeE
 from polyattn.guard import SiteState
 from polyattn.options import Options
 from polyattn.passes.derive import exact
-from polyattn.passes.kernels import Kernels, kernels
+from polyattn.passes.forms import softmax_form
+from polyattn.passes.kernels import kernels
 from polyattn.rewriter import features
 from polyattn.rewriter.lowrank import Approximation
 
@@ -85,11 +86,6 @@ def _grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.T
     )
 
 
-def _scalars(scale: float, degree: int) -> dict[str, float]:
-    values = dict(zip((c.name for c in Approximation(degree).coefficients), features.taylor(degree), strict=True))
-    return {"s": scale, **values}
-
-
 def _groups_of_heads(heads: int, groups: int, r: int, block: int) -> int:
     return max(1, min(heads, TILE_ELEMENTS // max(1, groups * block * r)))
 
@@ -109,7 +105,7 @@ def _run(
     parts = []
     for at in range(0, heads, step):
         some = {name: x[at : at + step] for name, x in inputs.items()}
-        parts.append(Evaluation(spec, some, _scalars(scale, degree), d, block).run())
+        parts.append(Evaluation(spec, some, {"s": scale, **Approximation(degree).values}, d, block).run())
     return {name: torch.cat([p[name] for p in parts]) if len(parts) > 1 else parts[0][name] for name in parts[0]}
 
 
@@ -289,7 +285,7 @@ def _attention_backward(
             gradient = "substituted" if substituted else "consistent"
             made = _low_rank_backward(g, q, k, v, out, stat, scale, causal, degree, gradient, chunk, needs)
         else:
-            program = exact("causal_softmax" if causal else "softmax")
+            program = exact(softmax_form(causal))
             made = dense.backward(program, g, (q, k, v), out, stat, scale, causal)
     results = []
     for need, x, like in zip(needs, made, (q, k, v), strict=True):
@@ -328,20 +324,17 @@ def _low_rank_backward(
     low_q, low_g, low_o = (x.masked_fill(bad.unsqueeze(-1), 0.0) if some else x for x in (qs, gs, outs))
     low_d = stats.masked_fill(bad, 1.0) if some else stats
     wanted = [name for name, need in zip(("dQ", "dK", "dV"), needs, strict=True) if need]
-    made: Kernels = kernels(causal, degree, gradient)
+    made = kernels(causal, degree, gradient)
     d = q.shape[-1]
     block = _block(chunk, causal, features.rank(d, degree), qs.shape[1])
     inputs = {"Q": low_q, "K": ks, "V": vs, "G": low_g, "O": low_o, "D": low_d}
     result = _run(made.backward(tuple(wanted)), inputs, scale, degree, d, block)
     if some:
-        program = exact("causal_softmax" if causal else "softmax")
+        program = exact(softmax_form(causal))
         # Rows may be exact because a feature overflowed; then the low-rank part of the gradient is lost as well.
         overflow = not all(bool(torch.isfinite(x).all()) for x in result.values())
         if overflow:
-            result = {
-                name: torch.zeros_like(dict(zip(("dQ", "dK", "dV"), (qs, ks, vs), strict=True))[name])
-                for name in wanted
-            }
+            result = {name: torch.zeros_like(x) for name, x in result.items()}
         for h in range(qs.shape[0]):
             for group in range(qs.shape[1]):
                 mask = torch.ones_like(bad[h, group]) if overflow else bad[h, group]

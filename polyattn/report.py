@@ -24,8 +24,7 @@ class SiteReport:
     """One attention site. What compiling knows is stored; what running knows is looked up when asked.
 
     A compiled block may serve many layers: each has a state of its own (``states``). Single values (``verdict``,
-    ``error``,
-    ...) speak for the *worst* state: an exact one before a low-rank one, then the largest error.
+    ``error``, …) speak for the *worst* state: an exact one before a low-rank one, then the largest error.
     """
 
     identifier: str
@@ -136,7 +135,7 @@ class SiteReport:
 
     @property
     def kernels(self) -> dict[str, str]:
-        """Emitted sources by name; empty for a site that is not low rank."""
+        """Kernel specifications by name; empty for a site that is not low rank."""
         if self.verdict != "low_rank" or self.degree is None:
             return {}
         from polyattn.passes import inspection

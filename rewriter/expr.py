@@ -169,7 +169,7 @@ class Feature(Tensor):
 
 @dataclass(frozen=True)
 class Weights(Tensor):
-    """Weight of each monomial: coefficients[|α|] · |α|!/α! · unit^|α| (math.md §2, symmetric compression)."""
+    """Weight of each monomial: coefficients[|α|] · |α|!/α! (math.md §2, symmetric compression)."""
 
     coefficients: tuple[sympy.Expr, ...]
     rank: Kind
@@ -323,7 +323,8 @@ def fresh(kinds: Iterable[Kind], used: Iterable[Index]) -> tuple[Index, ...]:
     return tuple(made)
 
 
-def _avoid(term: Term, bound: frozenset[Index], used: frozenset[Index]) -> Term:
+def avoid(term: Term, bound: frozenset[Index], used: frozenset[Index]) -> Term:
+    """The term with those of its bound indices renamed that are among the used ones."""
     clash = sorted((index for index in bound if index in used), key=repr)
     if not clash:
         return term
@@ -354,10 +355,10 @@ def align(x: Expr, y: Expr) -> tuple[tuple[Index | None, ...], Expr, Expr]:
         else:
             out.append(a)
     targets = frozenset(index for index in out if index is not None)
-    xs = tuple(_avoid(t, t.bound(x.out), targets) for t in x.terms)
+    xs = tuple(avoid(t, t.bound(x.out), targets) for t in x.terms)
     ys = []
     for term in y.terms:
-        safe = _avoid(term, term.bound(y.out), targets | frozenset(mapping))
+        safe = avoid(term, term.bound(y.out), targets | frozenset(mapping))
         ys.append(safe.rename(mapping))
     return tuple(out), Expr(tuple(left), xs), Expr(tuple(out), tuple(ys))
 
@@ -368,7 +369,7 @@ def multiply(x: Expr, y: Expr) -> Expr:
     terms = []
     for s in x.terms:
         for t in y.terms:
-            other = _avoid(t, t.bound(out), s.indices)
+            other = avoid(t, t.bound(out), s.indices)
             terms.append(Term(s.coefficient * other.coefficient, s.factors + other.factors))
     return collect(Expr(out, tuple(terms)))
 
@@ -444,7 +445,7 @@ def map_factors(x: Expr, change: Callable[[Factor], Expr | None]) -> Expr:
             following = []
             for left in partial:
                 for t in new.terms:
-                    safe = _avoid(
+                    safe = avoid(
                         t, t.bound(new.out), used | frozenset(factor.indices) | left.indices | frozenset(inner)
                     )
                     moved = safe.rename(inner)

@@ -6,7 +6,7 @@ autograd graph of a substituted forward.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import sympy
 import torch
@@ -20,6 +20,7 @@ from polyattn.rewriter.expr import (
     Factor,
     Feature,
     Index,
+    Kind,
     Leaf,
     Map,
     Mask,
@@ -96,7 +97,7 @@ class Interpreter:
             wide = [p if p.ndim == 2 else p.unsqueeze(1) if p.ndim else p.expand(tokens, 1) for p in columns]
             return torch.cat(wide, dim=1)
         if isinstance(tensor, Part):
-            return take_part(self.tensor(tensor.whole), tensor)
+            return take_part(self.tensor(tensor.whole), tensor.part, tensor.widths)
         raise RewriteError(f"no dense meaning for {type(tensor).__name__}")
 
     def _head_dim(self) -> int:
@@ -142,14 +143,9 @@ class Interpreter:
         return torch.ones((), dtype=self._like.dtype) if value is None else value
 
 
-def take_part(whole: torch.Tensor, part: Part) -> torch.Tensor:
+def take_part(whole: torch.Tensor, part: int, widths: Sequence[Kind | None]) -> torch.Tensor:
     """Columns of a stack: a part without a kind is one column and loses its axis; at most one part has a kind."""
-    singles_before = sum(1 for kind in part.widths[: part.part] if kind is None)
-    singles_after = sum(1 for kind in part.widths[part.part + 1 :] if kind is None)
-    wide_before = any(kind is not None for kind in part.widths[: part.part])
-    total = whole.shape[-1]
-    wide = total - sum(1 for kind in part.widths if kind is None)
-    start = singles_before + (wide if wide_before else 0)
-    if part.widths[part.part] is None:
-        return whole[..., start]
-    return whole[..., start : total - singles_after]
+    singles = [kind is None for kind in widths]
+    wide = whole.shape[-1] - sum(singles)
+    start = sum(1 if single else wide for single in singles[:part])
+    return whole[..., start] if singles[part] else whole[..., start : start + wide]

@@ -13,6 +13,7 @@ import sympy
 
 from polyattn.rewriter import expr as ir
 from polyattn.rewriter.expr import Expr, Factor, Map, Mask, Poly, Program, Term
+from polyattn.rewriter.features import taylor
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,11 @@ class Approximation:
     @property
     def coefficients(self) -> tuple[sympy.Symbol, ...]:
         return tuple(sympy.Symbol(f"a{m}", positive=True) for m in range(self.degree + 1))
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The numbers that stand for the coefficients: Taylor's."""
+        return {c.name: value for c, value in zip(self.coefficients, taylor(self.degree), strict=True)}
 
     def relative_error(self, bound: float) -> float:
         """Bound of |p(x) e^{−x} − 1| on |x| ≤ bound for Taylor's p, by Lagrange's remainder."""

@@ -92,11 +92,6 @@ def volume(kinds: Iterable[Kind], near: bool) -> sympy.Expr:
     return total
 
 
-def elements(n: Node, near: bool) -> sympy.Expr:
-    """Number of elements of a node's value; β and a that came from σ are r'·d together."""
-    return volume(n.axes, near)
-
-
 def flops(n: Node, near: bool) -> sympy.Expr:
     """Floating point operations of one node (a multiplication and an addition count as two)."""
     if n.op == "contract":
@@ -137,6 +132,6 @@ class Plan:
         n = sympy.Symbol("n", positive=True)
         degree = 0
         for made in walk(self.outputs.values()):
-            size = elements(made, self.near).subs({k.size: n for k in made.axes if k.token})
+            size = volume(made.axes, self.near).subs({k.size: n for k in made.axes if k.token})
             degree = max(degree, int(sympy.degree(size, n)) if size.has(n) else 0)
         return degree

@@ -20,6 +20,13 @@ def fresh_states() -> None:
     guard.reset()
 
 
+def only_state() -> guard.SiteState:
+    """The state of the one site that has run since the last reset."""
+    ((site, _),) = guard._states
+    (state,) = guard.states(site)
+    return state
+
+
 def dense_polynomial(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, degree: int, causal: bool, chunk: int, substituted: bool
 ) -> torch.Tensor:
@@ -66,7 +73,7 @@ def agree(options: dict[str, object], causal: bool, shape: tuple[int, ...], chun
     found = polyattn.attention(
         q, k, v, causal=causal, options={**options, "policy": "low_rank", "causal_chunk": chunk, "audit_rows": 0}
     )
-    (state,) = guard.states(next(iter(guard._states))[0])
+    state = only_state()
     if state.exact_rows:
         # An odd polynomial can have a denominator that is not positive: those rows are exact, tested elsewhere.
         return state.exact_rows
@@ -177,7 +184,7 @@ def test_rows_without_a_positive_denominator_are_computed_exactly(causal: bool) 
     options = {"policy": "low_rank", "degree": 1, "causal_chunk": 1, "audit_rows": 0}
     ours = polyattn.attention(q, k, v, causal=causal, options=options)
     exact = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    (state,) = guard.states(next(iter(guard._states))[0])
+    state = only_state()
     assert state.exact_rows >= 7
     torch.testing.assert_close(ours[..., 3::3, :], exact[..., 3::3, :], rtol=0, atol=1e-12)
     only = torch.zeros_like(g)
@@ -204,7 +211,7 @@ def test_overflowing_features_fall_back_to_exact_with_finite_gradients() -> None
 def test_auto_falls_back_to_exact_when_the_audit_fails() -> None:
     q, k, v, _ = operands(1, 1, 1, 4096, 4096, 4, 4, torch.float32, size=3.0)
     out = polyattn.attention(q, k, v)
-    (state,) = guard.states(next(iter(guard._states))[0])
+    state = only_state()
     assert state.verdict == "exact"
     assert "audit" in state.reason
     assert state.error is not None
@@ -215,7 +222,7 @@ def test_auto_falls_back_to_exact_when_the_audit_fails() -> None:
 def test_auto_takes_low_rank_where_it_is_cheaper_and_holds() -> None:
     q, k, v, _ = operands(1, 1, 1, 4096, 4096, 4, 4, torch.float32, size=0.4)
     polyattn.attention(q, k, v)
-    (state,) = guard.states(next(iter(guard._states))[0])
+    state = only_state()
     assert (state.verdict, state.guarantee) == ("low_rank", "audited")
     assert state.flops_after < state.flops_before
 
@@ -223,7 +230,7 @@ def test_auto_takes_low_rank_where_it_is_cheaper_and_holds() -> None:
 def test_auto_stays_exact_on_short_sequences() -> None:
     q, k, v, _ = operands(1, 1, 1, 32, 32, 16, 16, torch.float32)
     polyattn.attention(q, k, v)
-    (state,) = guard.states(next(iter(guard._states))[0])
+    state = only_state()
     assert state.verdict == "exact"
     assert "costs" in state.reason
 
@@ -263,7 +270,7 @@ def test_threads_decide_once() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    (state,) = guard.states(next(iter(guard._states))[0])
+    state = only_state()
     assert state.calls == 4
 
 
