@@ -21,7 +21,14 @@ from polyattn.rewriter.plan import Node
 
 QUERY_SIDE = frozenset({"Q", "G", "O", "D", "dQ"})
 """Inputs and outputs whose tokens are queries; the others' are keys."""
+TILE_ELEMENTS = 1 << 19
+"""Elements of one block's feature tile, all heads of a group together."""
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def block_length(rank: int, groups: int) -> int:
+    """Tokens per block without a mask, so that a feature tile of one head has about TILE_ELEMENTS elements."""
+    return max(16, min(2048, TILE_ELEMENTS // max(1, rank * groups)))
 
 
 class Evaluation:
@@ -64,10 +71,7 @@ class Evaluation:
         return self.inputs["Q"].shape[2] if letter == "i" else self.inputs["K"].shape[1]
 
     def _loop(self, loop: Loop) -> None:
-        if loop.axis is not None:
-            n = self._tokens(loop.axis.letter)
-        else:
-            n = max(self._tokens("i"), self._tokens("j"))
+        n = self._tokens(loop.axis.letter) if loop.axis is not None else max(self._tokens("i"), self._tokens("j"))
         starts = range(0, n, self.block)
         running: dict[Node, torch.Tensor] = {}
         for start in reversed(starts) if loop.descending else starts:

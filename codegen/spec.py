@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import sympy
+
 from polyattn.rewriter.expr import Kind
-from polyattn.rewriter.plan import Node
+from polyattn.rewriter.plan import Node, flops
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,11 @@ class KernelSpec:
     """States that are read (saved by an earlier kernel) or returned, by name."""
     inputs: tuple[str, ...]
     chunked: bool
+
+    def cost(self) -> sympy.Expr:
+        """FLOPs per head of all loops, as a polynomial in n, d, e, r, r' and C."""
+        work = (flops(n, self.chunked) for loop in self.loops for n in (*loop.tiles, *loop.accumulate))
+        return sympy.expand(sum(work, sympy.Integer(0)))
 
     def __str__(self) -> str:
         lines = [f"kernel {self.name}({', '.join(self.inputs)})"]

@@ -92,6 +92,7 @@ def derive(form_name: str, degree: int, gradient: str) -> tuple[Step, ...]:
         p = note("inline", "pairs of tokens are no intermediates", rules.reuse(rules.inline(p)))
     p = note("power", "one polynomial of the score per term", rules.powers(p))
     p = note("kronecker", "p(U Wᵀ) = (Φ(U) diag(w)) Φ(W)ᵀ, each monomial once", rules.kronecker(p))
+    p = note("absorb", "a factor per token goes into the one sum that it scales", rules.absorb(p))
     p = note("compress", "Φ_{g-1}(K) ⊘ K is a selection of the columns of Φ_g(K)", rules.compress(p))
     note("stack", "one wider contraction in place of several", stack(p))
     return tuple(steps)

@@ -9,10 +9,10 @@ import sympy
 import torch
 from torch import fx
 
-from polyattn.codegen.evaluate import Evaluation
-from polyattn.passes.derive import Step, derive, exact
+from polyattn.codegen.evaluate import Evaluation, block_length
+from polyattn.passes.derive import Step, derive
 from polyattn.passes.forms import softmax_form
-from polyattn.passes.kernels import kernels
+from polyattn.passes.kernels import exact_plan, kernels
 from polyattn.rewriter.features import rank
 from polyattn.rewriter.lowrank import Approximation
 from polyattn.rewriter.order import plan
@@ -29,9 +29,9 @@ class Derivation:
     gradient: str
 
     def costs(self) -> dict[str, sympy.Expr]:
-        """FLOPs per head: exact and low rank, forward and backward, in n, d, e, r, r' and C."""
+        """FLOPs per head of the plans, in n, d, e, r, r' and C; a backward is given all that the forward computed."""
         found = {}
-        dense = plan(exact(self.form))
+        dense = exact_plan(self.form)
         found["exact forward"] = dense.cost(["O"])
         found["exact backward"] = dense.cost(_gradients(dense.outputs), walk([dense.outputs["O"]]))
         for gradient in ("consistent", "substituted"):
@@ -67,19 +67,20 @@ def sources(*, causal: bool, degree: int, gradient: str) -> dict[str, str]:
 
 
 def graphs(
-    *, causal: bool, degree: int, gradient: str, shape: Mapping[str, int]
+    *, causal: bool, degree: int, gradient: str, shape: Mapping[str, int], scale: float, chunk: int | None
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Runnable aten graphs of the rewritten forward (Q, K, V, scale 1/√d → O, D) and backward (… G, O, D → dQ, dK, dV).
+    """Runnable aten graphs of the rewritten forward (Q, K, V → O, D) and backward (… G, O, D → dQ, dK, dV).
 
     Their inputs are [heads, groups, n_q, ·] and [heads, n_k, ·] float32; loops over blocks stand unrolled.
+    ``chunk`` is the chunk length of a causal site, None without a mask.
     """
     from functorch import make_fx
 
     made = kernels(causal, degree, gradient)
     d, e = shape["d"], shape["e"]
     heads, groups = shape["batch"] * shape["kv_heads"], shape["heads"] // shape["kv_heads"]
-    scalars = {"s": d**-0.5, **Approximation(degree).values}
-    block = max(64, min(2048, (1 << 21) // rank(d, degree)))
+    scalars = {"s": scale, **Approximation(degree).values}
+    block = chunk if chunk is not None else block_length(rank(d, degree), groups)
     q, k, v = (
         torch.zeros(heads, groups, shape["n_q"], d),
         torch.zeros(heads, shape["n_k"], d),
@@ -96,4 +97,4 @@ def graphs(
         result = Evaluation(made.backward(("dQ", "dK", "dV")), inputs, scalars, d, block).run()
         return result["dQ"], result["dK"], result["dV"]
 
-    return make_fx(forward)(q, k, v), make_fx(backward)(q, k, v, g, g, denominators)
+    return make_fx(forward)(q, k, v), make_fx(backward)(q, k, v, g, torch.zeros_like(g), denominators)

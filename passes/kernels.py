@@ -6,13 +6,17 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import sympy
+
 from polyattn.codegen.schedule import schedule, substitute
 from polyattn.codegen.spec import KernelSpec
 from polyattn.errors import ScheduleError
-from polyattn.passes.derive import derive
+from polyattn.passes.derive import derive, exact
 from polyattn.passes.forms import softmax_form
 from polyattn.rewriter.order import plan
-from polyattn.rewriter.plan import Node, Plan, node
+from polyattn.rewriter.plan import Node, Plan, cost, node
+from polyattn.rewriter.rules import absorb
+from polyattn.rewriter.stack import stack
 
 
 @dataclass(frozen=True)
@@ -32,20 +36,47 @@ class Kernels:
         outputs = {name: substitute(self.plan.outputs[name], known) for name in wanted}
         return schedule("backward", outputs, self.plan.near)
 
+    def cost(self) -> sympy.Expr:
+        """FLOPs per head of what runs, forward and all of the backward: tiles that are computed again count again."""
+        return self.forward.cost() + self.backward(("dQ", "dK", "dV")).cost()
+
+
+def saved_by_forward(made: Plan) -> dict[Node, Node]:
+    """What the backward reads in place of computing it again: O, the denominators D, and the numerator as O ∘ D.
+
+    Raises:
+        ScheduleError: an output that is not a numerator times one over a denominator.
+    """
+    out = made.outputs["O"]
+    inverse = [a for a in out.args if a.op == "map" and a.attr == "reciprocal"]
+    if out.op != "contract" or len(out.args) != 2 or len(inverse) != 1:
+        raise ScheduleError(f"the output is not numerator times 1/denominator but {out}")
+    numerator = next(a for a in out.args if a is not inverse[0])
+    (denominator,) = inverse[0].args
+    o, d = node("input", (), out.axes, "O"), node("input", (), denominator.axes, "D")
+    restored = node("contract", (o, d), numerator.axes, (((0, 1), (0,)), (0, 1)))
+    return {denominator: d, numerator: restored, out: o}
+
+
+@functools.cache
+def exact_plan(form: str) -> Plan:
+    """The plan of a form and its gradients with nothing approximated, ordered and stacked like any other."""
+    return plan(stack(absorb(exact(form))))
+
+
+def exact_cost(form: str) -> sympy.Expr:
+    """FLOPs per head of exact attention, forward and a backward that computes the scores again (math.md §7)."""
+    made = exact_plan(form)
+    known = saved_by_forward(made)
+    gradients = [substitute(n, known) for name, n in made.outputs.items() if name != "O"]
+    return made.cost(["O"]) + cost(gradients, made.near)
+
 
 @functools.cache
 def kernels(causal: bool, degree: int, gradient: str) -> Kernels:
     """The kernels of softmax attention, derived once per (causal, degree, gradient)."""
     made = plan(derive(softmax_form(causal), degree, gradient)[-1].program)
-    out = made.outputs["O"]
-    if out.op != "contract" or len(out.args) != 2:
-        raise ScheduleError(f"the output is not numerator times 1/denominator but {out}")
-    inverse = next(a for a in out.args if a.op == "map" and a.attr == "reciprocal")
-    numerator = next(a for a in out.args if a is not inverse)
-    (denominator,) = inverse.args
-    o, d = node("input", (), out.axes, "O"), node("input", (), denominator.axes, "D")
-    # N = O ∘ D: the forward keeps the output and the denominators, not the numerator.
-    restored = node("contract", (o, d), numerator.axes, (((0, 1), (0,)), (0, 1)))
-    saved = [(denominator, d), (numerator, restored), (out, o)]
-    outputs = {"O": out, "D": denominator}
-    return Kernels(made, schedule("forward", outputs, made.near), tuple(saved))
+    known = saved_by_forward(made)
+    denominator = next(n for n, read in known.items() if read.attr == "D")
+    outputs = {"O": made.outputs["O"], "D": denominator}
+    return Kernels(made, schedule("forward", outputs, made.near), tuple(known.items()))

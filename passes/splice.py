@@ -1,7 +1,7 @@
 """Put one ``polyattn::attention`` in the place of each site.
 
-Operands of any rank are brought to ``[B, H, tokens, features]`` by views (broadcast axes expanded, batch axes
-regrouped in row-major order), and the output back to the shape of the node it replaces. Sizes that are symbolic stay so: they are
+Operands of any rank are brought to ``[B, H, tokens, features]`` by views (broadcast axes expanded, batch axes regrouped
+in row-major order), and the output back to the shape of the node it replaces. Sizes that are symbolic stay so: they are
 read from the graph by ``sym_size`` calls. The call stands where the site's last contraction stood, in the same grad and
 autocast region; what only the old spelling needed is removed, everything else stays.
 """

@@ -16,12 +16,10 @@ import sympy
 import torch
 
 from polyattn.options import Options
-from polyattn.passes.derive import exact
 from polyattn.passes.forms import softmax_form
-from polyattn.passes.kernels import kernels
+from polyattn.passes.kernels import exact_cost, kernels
 from polyattn.rewriter.expr import CHUNK, N_K, N_Q, R1, D, E, R
 from polyattn.rewriter.features import rank, rank_formula
-from polyattn.rewriter.order import plan
 
 
 @dataclass
@@ -83,11 +81,11 @@ def reset() -> None:
 @functools.cache
 def symbolic_costs(causal: bool, degree: int, gradient: str) -> tuple[sympy.Expr, sympy.Expr]:
     """FLOPs per head, forward and backward, of exact attention and of the low-rank plan (r, r' as polynomials of d)."""
-    dense = plan(exact(softmax_form(causal))).cost()
+    dense = exact_cost(softmax_form(causal))
     if causal:
         # Half of the pairs of tokens are masked; terms without a pair are lower order.
         dense = dense / 2
-    cheap = kernels(causal, degree, gradient).plan.cost()
+    cheap = kernels(causal, degree, gradient).cost()
     features = {R: rank_formula(degree), R1: rank_formula(degree - 1)}
     return sympy.expand(dense), sympy.expand(cheap.subs(features))
 

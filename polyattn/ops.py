@@ -19,7 +19,7 @@ import torch
 
 from polyattn import guard
 from polyattn.codegen import exact as dense
-from polyattn.codegen.evaluate import Evaluation
+from polyattn.codegen.evaluate import TILE_ELEMENTS, Evaluation, block_length
 from polyattn.errors import DeviceError, DoubleBackwardError, DtypeError, ShapeError
 from polyattn.guard import SiteState
 from polyattn.options import Options
@@ -29,9 +29,9 @@ from polyattn.passes.kernels import kernels
 from polyattn.rewriter import features
 from polyattn.rewriter.lowrank import Approximation
 
+_LowRank = tuple[torch.Tensor, torch.Tensor, int]
+"""Output, denominators, and how many rows were computed exactly."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-TILE_ELEMENTS = 1 << 19
-"""Elements of one block's feature tile, all heads of a group together."""
 
 
 @functools.cache
@@ -90,12 +90,6 @@ def _groups_of_heads(heads: int, groups: int, r: int, block: int) -> int:
     return max(1, min(heads, TILE_ELEMENTS // max(1, groups * block * r)))
 
 
-def _block(state_chunk: int, causal: bool, r: int, groups: int) -> int:
-    if causal:
-        return state_chunk
-    return max(16, min(2048, TILE_ELEMENTS // max(1, r * groups)))
-
-
 def _run(
     spec: Any, inputs: Mapping[str, torch.Tensor], scale: float, degree: int, d: int, block: int
 ) -> dict[str, torch.Tensor]:
@@ -130,11 +124,11 @@ def _low_rank_forward(
     degree: int,
     gradient: str,
     chunk: int,
-) -> tuple[torch.Tensor, torch.Tensor, int]:
+) -> _LowRank:
     """Output and denominators (−1 marks rows computed exactly) of grouped tensors; how many rows."""
     made = kernels(causal, degree, gradient)
     d = q.shape[-1]
-    block = _block(chunk, causal, features.rank(d, degree), q.shape[1])
+    block = chunk if causal else block_length(features.rank(d, degree), q.shape[1])
     result = _run(made.forward, {"Q": q, "K": k, "V": v}, scale, degree, d, block)
     out, denominators = result["O"], result["D"]
     bad = _bad_rows(out, denominators)
@@ -164,33 +158,36 @@ def _audit(
     by_head: dict[int, set[int]] = {}
     for flat in drawn:
         by_head.setdefault(flat // n, set()).add(flat % n)
-    worst, error2, spread2 = 0.0, 0.0, 0.0
+    worst, error2, spread2 = [], 0.0, 0.0
     for head, chosen in sorted(by_head.items()):
         h, g = divmod(head, groups)
         rows = torch.tensor(sorted(chosen), device=q.device)
         wanted = dense.rows_forward(q[h, g, rows], k[h], v[h], rows, scale, causal)
         centre = v[h].mean(0)
         difference = (out[h, g, rows] - wanted).norm(dim=-1)
-        worst = max(worst, float(difference.max() / (v[h] - centre).norm(dim=-1).max().clamp_min(1e-30)))
+        worst.append(difference.max() / (v[h] - centre).norm(dim=-1).max().clamp_min(1e-30))
         error2 += float(difference.square().sum())
         spread2 += float((wanted - centre).square().sum())
-    state.error = worst
+    state.error = float(torch.stack(worst).max())  # keeps NaN, which Python's max may drop
     state.relative_error = math.sqrt(error2 / max(spread2, 1e-300))
     state.guarantee = "audited"
 
 
 def _decide(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool, options: Options
-) -> SiteState:
-    """A new decision: by cost, then by an audit of this call; ``auto`` falls back to exact above a tolerance."""
+) -> tuple[SiteState, _LowRank | None]:
+    """A new decision: by cost, then by an audit of this call; ``auto`` falls back to exact above a tolerance.
+
+    With it comes the low-rank forward that was audited, so that it need not run again.
+    """
     shape = _shape(q, k, v)
     state = guard.decide(shape, causal, options)
     if state.verdict == "exact" or options.audit_rows == 0 or q.numel() == 0 or k.numel() == 0:
-        return state
+        return state, None
     chunk = guard.chunk_length(options, shape["d"], options.resolved_degree)
     grouped = _grouped(q, k, v)
-    out, _, _ = _low_rank_forward(*grouped, scale, causal, options.resolved_degree, state.gradient, chunk)
-    _audit(state, *grouped, out, scale, causal, options)
+    audited = _low_rank_forward(*grouped, scale, causal, options.resolved_degree, state.gradient, chunk)
+    _audit(state, *grouped, audited[0], scale, causal, options)
     assert state.error is not None
     assert state.relative_error is not None
     if options.policy == "auto" and not (
@@ -203,7 +200,7 @@ def _decide(
         state.verdict, state.guarantee = "exact", "exact"
         state.flops_after, state.flops_after_symbolic = state.flops_before, state.flops_before_symbolic
         state.degree = state.rank = state.chunk = None
-    return state
+    return state, audited
 
 
 @functools.lru_cache(maxsize=256)
@@ -231,9 +228,10 @@ def _attention(
     with torch.autocast(q.device.type, enabled=False):
         opts = _options(options)
         where = guard.key(site, owners, options, causal, scale, q.shape[-1], v.shape[-1])
-        state = guard.find(where)
+        state, done = guard.find(where), None
         if state is None:
-            state = guard.keep(where, _decide(q, k, v, scale, causal, opts))
+            state, done = _decide(q, k, v, scale, causal, opts)
+            state = guard.keep(where, state)
         with state.lock:
             state.calls += 1
         accumulator = _accumulator(q.dtype)
@@ -245,7 +243,9 @@ def _attention(
         if not low:
             out, lse = dense.forward(q, k, v, scale, causal)
             return out, lse.to(accumulator), empty, plan
-        out, stat, rows = _low_rank_forward(*_grouped(q, k, v), scale, causal, degree, state.gradient, chunk)
+        if done is None:
+            done = _low_rank_forward(*_grouped(q, k, v), scale, causal, degree, state.gradient, chunk)
+        out, stat, rows = done
         with state.lock:
             state.exact_rows += rows
         return out.reshape(*q.shape[:-1], v.shape[-1]).to(q.dtype), stat.reshape(q.shape[:-1]), empty, plan
@@ -326,7 +326,7 @@ def _low_rank_backward(
     wanted = [name for name, need in zip(("dQ", "dK", "dV"), needs, strict=True) if need]
     made = kernels(causal, degree, gradient)
     d = q.shape[-1]
-    block = _block(chunk, causal, features.rank(d, degree), qs.shape[1])
+    block = chunk if causal else block_length(features.rank(d, degree), qs.shape[1])
     inputs = {"Q": low_q, "K": ks, "V": vs, "G": low_g, "O": low_o, "D": low_d}
     result = _run(made.backward(tuple(wanted)), inputs, scale, degree, d, block)
     if some:

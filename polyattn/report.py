@@ -80,6 +80,12 @@ class SiteReport:
         return value
 
     @property
+    def chunk(self) -> int | None:
+        """Tokens per chunk of a causal low-rank site; None otherwise."""
+        value: int | None = self._of_worst("chunk", None)
+        return value
+
+    @property
     def gradient(self) -> str:
         return str(self._of_worst("gradient", self.options.resolved_gradient))
 
@@ -149,7 +155,12 @@ class SiteReport:
 
         sizes = {name: int(size) for name, size in self.shape.items()}
         forward, backward = inspection.graphs(
-            causal=self.causal, degree=self.degree, gradient=self.gradient, shape=sizes
+            causal=self.causal,
+            degree=self.degree,
+            gradient=self.gradient,
+            shape=sizes,
+            scale=self.scale,
+            chunk=self.chunk,
         )
         return forward, backward
 

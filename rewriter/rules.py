@@ -2,6 +2,7 @@
 
     inline      dP[i,j] → Σ_b G[i,b] V[j,b]                     a pair of tokens is never an intermediate
     reuse       Σ_j A[i,j] V[j,b] x → N[i,b] x        a named product (rowsum(P∘dP) = rowsum(G∘O))
+    absorb      N[i] = Σ_j …;  z[i] N[i] → Σ_j z[i] …           a scaled sum that nothing else reads: the scale goes in
     split       M → M_near + M_far                              causal mask: inside i's chunk, in an earlier chunk (§6)
     power       S·S → (S²);  c₀T + c₁ST → (c₀ + c₁S)T  one polynomial of the score per term
     kronecker   p(UWᵀ) → Σ_α w_α Φ(U)_α Φ(W)_α          Hadamard powers are row-wise Kronecker powers
@@ -153,6 +154,33 @@ def _embed(pattern: Sequence[Factor], factors: Sequence[Factor], names: dict[Ind
         if found is not None:
             return found[0] | {position}, found[1]
     return None
+
+
+def absorb(program: Program) -> Program:
+    """``absorb``: a definition read once, as one factor among others of an output's only term, is written out there."""
+    reads: dict[str, int] = {}
+
+    def count(tensor: Tensor) -> None:
+        if isinstance(tensor, Def):
+            reads[tensor.label] = reads.get(tensor.label, 0) + 1
+        else:
+            for inner in ir.base_tensors(tensor):
+                count(inner)
+
+    for _, x in program.expressions():
+        for term in x.terms:
+            for factor in term.factors:
+                count(factor.tensor)
+
+    def change(factor: Factor) -> Expr | None:
+        tensor = factor.tensor
+        return tensor.expr if isinstance(tensor, Def) and reads[tensor.label] == 1 else None
+
+    outputs = {
+        name: ir.map_factors(x, change) if len(x.terms) == 1 and len(x.terms[0].factors) > 1 else x
+        for name, x in program.outputs.items()
+    }
+    return prune(Program(program.defs, outputs))
 
 
 def split_causal(program: Program) -> Program:

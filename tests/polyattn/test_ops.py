@@ -318,3 +318,27 @@ def test_operator_is_well_formed() -> None:
     arguments = (q, k, v, [], 0.5, False, "test", polyattn.Options(policy="low_rank").key(), ops.VERSION)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.polyattn.attention.default, arguments, test_utils=checks)
+
+
+def test_an_audit_does_not_lose_nan() -> None:
+    q, k, v, _ = operands(1, 1, 1, 32, 32, 3, 3)
+    with torch.no_grad():
+        v[..., 5, :] = float("nan")
+    polyattn.attention(q, k, v, options={"policy": "low_rank"})
+    assert math.isnan(only_state().error or 0.0)
+
+
+def test_the_audited_forward_is_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from polyattn import ops
+
+    calls = []
+    forward = ops._low_rank_forward
+
+    def counted(*args: object) -> object:
+        calls.append(1)
+        return forward(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ops, "_low_rank_forward", counted)
+    q, k, v, _ = operands(1, 1, 1, 40, 40, 3, 3)
+    polyattn.attention(q, k, v, options={"policy": "low_rank"})
+    assert len(calls) == 1
