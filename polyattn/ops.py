@@ -19,7 +19,8 @@ import torch
 
 from polyattn import guard
 from polyattn.codegen import exact as dense
-from polyattn.codegen.evaluate import TILE_ELEMENTS, Evaluation, block_length
+from polyattn.codegen import target
+from polyattn.codegen.evaluate import TILE_ELEMENTS, block_length
 from polyattn.errors import DeviceError, DoubleBackwardError, DtypeError, ShapeError
 from polyattn.guard import SiteState
 from polyattn.options import Options
@@ -99,7 +100,7 @@ def _run(
     parts = []
     for at in range(0, heads, step):
         some = {name: x[at : at + step] for name, x in inputs.items()}
-        parts.append(Evaluation(spec, some, {"s": scale, **Approximation(degree).values}, d, block).run())
+        parts.append(target.run(spec, some, {"s": scale, **Approximation(degree).values}, d, block))
     return {name: torch.cat([p[name] for p in parts]) if len(parts) > 1 else parts[0][name] for name in parts[0]}
 
 
