@@ -106,7 +106,7 @@ class Evaluation:
 
     def _zeros(self, n: Node) -> torch.Tensor:
         """A running sum to which nothing has been added."""
-        top = max(t.attr for loop in self.spec.loops for t in loop.tiles if t.op == "features")
+        top = max((t.attr for loop in self.spec.loops for t in loop.tiles if t.op == "features"), default=0)
         ranks = {rank_symbol(lower): features.rank(self.head_dim, top - lower) for lower in range(top + 1)}
         sizes = {D: self.head_dim, E: self.inputs["V"].shape[-1], **ranks}
         heads = self.inputs["Q"].shape[0]

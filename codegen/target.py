@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
 
+from polyattn.codegen import triton_target
 from polyattn.codegen.evaluate import Evaluation
 from polyattn.codegen.spec import KernelSpec
+from polyattn.errors import ScheduleError
+
+_refused: set[KernelSpec] = set()
+"""Specifications whose Triton kernels failed in this process."""
 
 
 def run(
@@ -17,14 +23,29 @@ def run(
 
     Args:
         inputs: name → tensor. Query-side ones are [heads, groups, n_q, ·] (or without the last axis), key-side ones
-            [heads, n_k, ·].
+            [heads, n_k, ·]. Q, K and V are always among them: they give the sizes.
         scalars: values of the symbols in coefficients.
         head_dim: size of the queries' last axis.
         block: tokens per block; under a causal mask the chunk length.
     """
+    device = inputs["Q"].device
+    if device.type == "cuda" and spec not in _refused and triton_target.available(device):
+        try:
+            return triton_target.run(spec, inputs, scalars, head_dim, block)
+        except Exception as error:
+            # Plain torch computes the same; what a device cannot take (shared memory, an old Triton) is said once.
+            _refused.add(spec)
+            logging.getLogger("polyattn").warning(
+                "Triton kernels of the %s do not run on %s; plain torch runs instead: %s", spec.name, device, error
+            )
     return Evaluation(spec, inputs, scalars, head_dim, block).run()
 
 
 def sources(spec: KernelSpec) -> dict[str, str]:
     """The text of a specification, and what each target emits for it, by name."""
-    return {"specification": str(spec)}
+    made = {"specification": str(spec)}
+    try:
+        made["triton"] = triton_target.emit(spec).text
+    except ScheduleError as error:
+        made["triton"] = f"# no Triton code: {error}"
+    return made

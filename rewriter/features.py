@@ -64,6 +64,32 @@ def selection(d: int, degree: int) -> np.ndarray:
 
 
 @functools.cache
+def columns(d: int, degree: int) -> np.ndarray:
+    """The variables of every monomial, one slot per degree, ``d`` in the slots that are left: int32 [degree, r].
+
+    With a column of ones after x, each monomial is the product of ``degree`` columns.
+    """
+    made = [(*alpha, *[d] * (degree - len(alpha))) for alpha in monomials(d, degree)]
+    return np.array(made, dtype=np.int32).reshape(len(made), degree).T.copy()
+
+
+@functools.cache
+def edges(d: int, degree: int) -> np.ndarray:
+    """The inverse of :func:`selection`: for each slot of monomial α the β with α = β·x_a, int32 [degree, r].
+
+    −1 in slots without a variable and in those that repeat the variable of an earlier slot, so that each pair (β, a)
+    stands once.
+    """
+    place = {alpha: column for column, alpha in enumerate(monomials(d, degree - 1))}
+    made = np.full((degree, rank(d, degree)), -1, dtype=np.int32)
+    for column, alpha in enumerate(monomials(d, degree)):
+        for slot, variable in enumerate(alpha):
+            if variable not in alpha[:slot]:
+                made[slot, column] = place[alpha[:slot] + alpha[slot + 1 :]]
+    return made
+
+
+@functools.cache
 def layout(d: int, degree: int) -> tuple[tuple[int, ...], ...]:
     """For each degree m ≥ 1: where, in the monomials of degree m − 1, those in variables ≥ a begin, [m−1][a]."""
     return tuple(

@@ -262,7 +262,7 @@ class _Planner:
                 kinds = tuple(i.kind for i in indices)
                 made = node("gather", (held.node,), kinds, (position, _degree(select)), held.node.scan)
                 return _Partial(score, made, indices)
-        x, y = sorted((best[left], best[right]), key=lambda p: p.node.serial)
+        x, y = sorted((best[left], best[right]), key=lambda p: p.node.structure)
         union = list(dict.fromkeys((*x.indices, *y.indices)))
         kept = [i for i in union if not gone(i, subset)]
         lost = [i for i in union if gone(i, subset)]

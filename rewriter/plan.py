@@ -6,6 +6,7 @@ one object.  A node's axes are kinds; how indices are shared stands in ``pattern
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import threading
 from collections.abc import Iterable, Iterator
@@ -38,6 +39,8 @@ class Node:
     scan: str | None = None
     """For a contraction over tokens under M_far: the token axis that it is a running sum along."""
     serial: int = field(default_factory=lambda: next(_serial))
+    structure: str = ""
+    """A digest of what the node computes: an order that does not depend on what was derived before."""
 
     @property
     def tokens(self) -> int:
@@ -57,7 +60,9 @@ def node(op: str, args: tuple[Node, ...], axes: tuple[Kind, ...], attr: Any = No
     key = (op, tuple(a.serial for a in args), axes, attr, scan)
     with _lock:
         if key not in _nodes:
-            _nodes[key] = Node(op, args, axes, attr, scan)
+            text = repr((op, [a.structure for a in args], axes, attr, scan))
+            digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+            _nodes[key] = Node(op, args, axes, attr, scan, structure=digest)
         return _nodes[key]
 
 
