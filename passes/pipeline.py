@@ -1,6 +1,6 @@
 """The order of passes, on one screen.
 
-    Dynamo graph ─ normalize ─▶ aten graph ─ match ─▶ sites, refusals ─ splice ─▶ aten graph with polyattn::attention
+    Dynamo graph ─ normalize ─▶ aten graph ─ products ─ match ─▶ sites, refusals ─ splice ─▶ aten graph with the op
 
 Bodies of activation checkpointing are matched and spliced like the graph that calls them.
 """
@@ -14,8 +14,10 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from polyattn.passes.match import match
+from polyattn.passes.match import SOFTMAX, match
 from polyattn.passes.normalize import checkpoint_body, normalize
+from polyattn.passes.products import unify_products
+from polyattn.passes.scores import FLOWS
 from polyattn.passes.site import Refusal, Site
 from polyattn.passes.splice import splice
 
@@ -45,6 +47,7 @@ def run(
     sites: list[tuple[str, Site]] = []
     refusals: list[Refusal] = []
     for module, parameters in _graphs(normal, _parameters(normal, example_inputs)):
+        unify_products(module.graph, FLOWS, SOFTMAX)
         found = match(module.graph, parameters, first_index=len(sites))
         refusals.extend(found.refusals)
         for site in found.sites:

@@ -38,9 +38,11 @@ def qkv(*batch: int, dtype: torch.dtype = torch.float64, keys: int = N) -> list[
     return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
 
 
-def check(function: Callable[..., Any], inputs: list[torch.Tensor], *, sites: int = 1) -> Report:
+def check(
+    function: Callable[..., Any], inputs: list[torch.Tensor], *, sites: int = 1, dynamic: bool | None = False
+) -> Report:
     """Matched, equal value, equal gradients."""
-    compiled, found = compile_and_report(function)
+    compiled, found = compile_and_report(function, dynamic=dynamic)
     got, want = compiled(*inputs), function(*inputs)
     (report,) = found
     assert report.failure is None, str(report)
@@ -258,6 +260,70 @@ def test_spelling(name: str) -> None:
     assert site.shape == {"batch": 2, "heads": 3, "kv_heads": 3, "n_q": N, "n_k": N, "d": D, "e": E}
     assert "test_match.py:" in site.where
     assert f"in {name}" in site.where
+
+
+PRODUCTS: dict[str, tuple[Callable[..., torch.Tensor], tuple[tuple[int, ...], ...]]] = {
+    "einsum heads first": (
+        lambda q, k, v: torch.einsum(
+            "bhij,bhjd->bhid", torch.einsum("bhid,bhjd->bhij", q, k).mul(0.3).softmax(-1), v
+        ),
+        ((2, 3, N, D), (2, 3, 7, D), (2, 3, 7, E)),
+    ),
+    "einsum tokens first": (
+        lambda q, k, v: torch.einsum(
+            "bhqk,bkhd->bqhd", (torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(D)).softmax(dim=-1), v
+        ),
+        ((2, N, 3, D), (2, 7, 3, D), (2, 7, 3, E)),
+    ),
+    "einsum folded heads": (
+        lambda q, k, v: torch.einsum("bij,bjd->bid", torch.einsum("bid,bjd->bij", q * 0.2, k).softmax(-1), v),
+        ((6, N, D), (6, 7, D), (6, 7, E)),
+    ),
+    "einsum one key head": (
+        lambda q, k, v: torch.einsum("bhij,bjd->bhid", torch.einsum("bhid,bjd->bhij", q, k).softmax(-1), v),
+        ((2, 3, N, D), (2, 7, D), (2, 7, E)),
+    ),
+    "einsum one key head, tokens first": (
+        lambda q, k, v: torch.einsum("bhij,bjd->bihd", torch.einsum("bihd,bjd->bhij", q, k).softmax(-1), v),
+        ((2, N, 3, D), (2, 7, D), (2, 7, E)),
+    ),
+    "einsum with dots": (
+        lambda q, k, v: torch.einsum("...ij,...jd->...id", torch.einsum("...id,...jd->...ij", q, k).softmax(-1), v),
+        ((2, 3, N, D), (2, 3, 7, D), (2, 3, 7, E)),
+    ),
+    "einsum keys first": (
+        lambda q, k, v: torch.einsum("bhji,bhjd->bhid", torch.einsum("bhid,bhjd->bhji", q, k).softmax(-2), v),
+        ((2, 3, N, D), (2, 3, 7, D), (2, 3, 7, E)),
+    ),
+    "einsum then matmul": (
+        lambda q, k, v: torch.einsum("bqhd,bkhd->bhqk", q, k).softmax(-1) @ v.transpose(1, 2),
+        ((2, N, 3, D), (2, 7, 3, D), (2, 7, 3, E)),
+    ),
+    "baddbmm": (
+        lambda q, k, v: torch.bmm(
+            torch.baddbmm(q.new_empty(1, 1, 1), q, k.transpose(1, 2), beta=0.0, alpha=0.3).softmax(-1), v
+        ),
+        ((6, N, D), (6, 7, D), (6, 7, E)),
+    ),
+    "bmm": (
+        lambda q, k, v: torch.bmm(torch.softmax(torch.bmm(q, k.transpose(1, 2)), -1), v),
+        ((6, N, D), (6, 7, D), (6, 7, E)),
+    ),
+    "keys transposed beforehand": (
+        lambda q, k, v: torch.softmax(q @ k.transpose(1, 2).reshape(2, D, 7) * 0.5, -1) @ v,
+        ((2, N, D), (2, 7, D), (2, 7, E)),
+    ),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_in_any_order(name: str, dynamic: bool) -> None:
+    function, shapes = PRODUCTS[name]
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
+    report = check(function, inputs, dynamic=dynamic)
+    assert report.sites[0].mask == "none"
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -490,8 +556,8 @@ def mixed_view(q, k, v):
 
 
 @miss("einsum, which is not matched yet")
-def einsum(q, k, v):
-    return torch.einsum("bhqk,bhke->bhqe", (q @ k.transpose(-2, -1)).softmax(-1), v)
+def einsum_with_a_sum_of_its_own(q, k, v):
+    return torch.einsum("bhqk,bhke->bhq", (q @ k.transpose(-2, -1)).softmax(-1), v)
 
 
 @miss("pass through sum")
