@@ -26,11 +26,14 @@ import torch.fx as fx
 
 from polyattn.passes import axes
 from polyattn.passes.axes import CAST, NotAttention, packet, same_sizes, shape
+from polyattn.passes.bias import check as check_terms
+from polyattn.passes.bias import describe
 from polyattn.passes.context import Context
 from polyattn.passes.masks import argument
 from polyattn.passes.owners import is_paper_form, owners
 from polyattn.passes.scores import (
     CARRIES,
+    DROPOUT,
     FLOWS,
     OTHER_PRODUCTS,
     PRODUCT,
@@ -38,6 +41,7 @@ from polyattn.passes.scores import (
     carry,
     causal_mask,
     check_upcast,
+    dropout_rate,
     name_of,
     number,
     users,
@@ -98,20 +102,29 @@ def match(graph: fx.Graph, parameters: Iterable[fx.Node] = (), first_index: int 
 
 def _match_sdpa(context: Context, node: fx.Node) -> Site:
     q, k, v = (Operand(argument(node, position, name)) for position, name in enumerate(("query", "key", "value")))
-    dropout = argument(node, 4, "dropout_p", 0.0)
-    if dropout != 0:
-        raise NotAttention(f"dropout_p={dropout} on the attention weights", node)
-    scale = node.kwargs.get("scale")
+    scale: Any = node.kwargs.get("scale")
+    exact = ""
     if scale is None:
-        if not isinstance(q.features, int):
-            raise NotAttention("the default scale 1/sqrt(head_dim) depends on a dynamic head dim", node)
-        scale = 1 / math.sqrt(q.features)
+        if isinstance(q.features, int):
+            scale = 1 / math.sqrt(q.features)
+        else:
+            scale, exact = math.nan, "the default scale 1/sqrt(head_dim) depends on a dynamic head dim"
+    elif isinstance(scale, fx.Node):
+        scale, exact = math.nan, "the scale depends on a dynamic size"
     causal = bool(argument(node, 5, "is_causal", False))
     mask = argument(node, 3, "attn_mask")
+    dropout = number(argument(node, 4, "dropout_p", 0.0), node)
+    if dropout:
+        exact = f"dropout with p={dropout} on the weights"
+    kind = "causal" if causal else "none"
     if mask is not None:
         boolean = isinstance(mask, fx.Node) and mask.meta["val"].dtype == torch.bool
         keep, drop = (True, False) if boolean else (0.0, -math.inf)
-        causal = causal_mask(context, mask, (q.tokens, k.tokens), True, keep, drop, node) or causal
+        try:
+            causal = causal_mask(context, mask, (q.tokens, k.tokens), True, keep, drop, node) or causal
+            kind = "causal" if causal else kind
+        except NotAttention as reason:
+            exact, kind = str(reason), "mask" if boolean else "bias"
     grouped = False
     batch = axes.broadcast(axes.broadcast(q.batch, k.batch) or (), v.batch)
     if node.kwargs.get("enable_gqa"):
@@ -119,9 +132,9 @@ def _match_sdpa(context: Context, node: fx.Node) -> Site:
         batch = q.batch
         if grouped and not (same_sizes(q.batch[:-1], k.batch[:-1]) and same_sizes(k.batch, v.batch)):
             raise NotAttention("grouped queries with broadcast batch axes", node)
-    return _site(
-        context, node, [], q, k, v, batch, batch, number(scale, node), causal, "scaled_dot_product_attention", grouped
-    )
+    name = "scaled_dot_product_attention"
+    site = _site(context, node, [], q, k, v, batch, batch, float(scale), causal, name, grouped)
+    return dataclasses.replace(site, mask=kind, dropout=dropout, exact=exact, kept=bool(exact))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,7 +148,7 @@ def _match_softmax(context: Context, softmax: fx.Node) -> Site:
     if rank < 2 or dim < -2:
         raise NotAttention(f"the softmax runs over axis {dim} of {rank}, which is neither queries nor keys", softmax)
     path = [softmax]
-    product, weights_first, key_last = _forward(softmax, dim == -1, path)
+    product, weights_first, key_last, dropout = _forward(softmax, dim == -1, path)
     if weights_first != key_last:
         raise NotAttention(
             f"the softmax runs over axis {dim}, but the product with the values sums over the other axis: "
@@ -155,20 +168,37 @@ def _match_softmax(context: Context, softmax: fx.Node) -> Site:
     assert isinstance(weights, fx.Node)
     if not same_sizes(tuple(shape(weights)[:-2]), batch):
         raise NotAttention("the attention weights are broadcast over the values", product)
-    spelling = "softmax(q @ kᵀ" + (" * s" if walk.scaled else "") + (" + causal mask" if walk.causal else "") + ") @ v"
+    terms = () if all(term.causal for term in walk.terms) else tuple(walk.terms)
+    check_terms(terms, softmax)
+    mask = ("causal + " if terms and walk.causal else "") + describe([t for t in terms if not t.causal])
+    mask = mask or ("causal" if walk.causal else "none")
+    shown = "" if mask == "none" else " + causal mask" if mask == "causal" else f" + {mask}"
+    spelling = "softmax(q @ kᵀ" + (" * s" if walk.scaled else "") + shown + ") @ v"
+    exact = f"no low-rank form for a {mask} that is not provably causal" if terms else ""
+    exact = exact or (f"dropout with p={dropout} on the weights" if dropout else "")
     if is_paper_form(q.node, k.node, v.node):
         spelling = spelling.replace("q @ kᵀ", "X W Xᵀ").replace("@ v", "X W_V")
     if context.autocast(product) is None:
         _check_precision(softmax, product, path)
     path.append(scores)
-    site = _site(context, product, path, q, k, v, batch, score_batch, walk.scale, walk.causal, spelling, False)
-    return dataclasses.replace(site, out_transposed=not weights_first, where=where(softmax))
+    causal = walk.causal and not terms
+    held = tuple(term.node for term in terms)
+    site = _site(context, product, path, q, k, v, batch, score_batch, walk.scale, causal, spelling, False, held)
+    return dataclasses.replace(
+        site,
+        out_transposed=not weights_first,
+        where=where(softmax),
+        terms=terms,
+        dropout=dropout,
+        mask=mask,
+        exact=exact,
+    )
 
 
-def _forward(softmax: fx.Node, key_last: bool, path: list[fx.Node]) -> tuple[fx.Node, bool, bool]:
+def _forward(softmax: fx.Node, key_last: bool, path: list[fx.Node]) -> tuple[fx.Node, bool, bool, float]:
     """From the softmax to the contraction with the values: (contraction, weights are its left operand, key axis is
-    last)."""
-    node = softmax
+    last, dropout)."""
+    node, dropout = softmax, 0.0
     while True:
         readers = users(node)
         if len(readers) != 1:
@@ -178,14 +208,19 @@ def _forward(softmax: fx.Node, key_last: bool, path: list[fx.Node]) -> tuple[fx.
         if kind in PRODUCT:
             if user.args[0] is user.args[1]:
                 raise NotAttention("the attention weights are multiplied by themselves", user)
-            return user, user.args[0] is node, key_last
+            return user, user.args[0] is node, key_last, dropout
         if kind in OTHER_PRODUCTS:
             raise NotAttention(f"the weights meet the values in {name_of(user)}, which is not matched yet", user)
         if (kind not in CARRIES and kind is not _aten.expand) or user.args[0] is not node:
             raise NotAttention(f"the attention weights pass through {name_of(user)} before they meet the values", user)
         if kind in CAST and not user.meta["val"].dtype.is_floating_point:
             raise NotAttention(f"the attention weights are cast to {user.meta['val'].dtype}", user)
-        key_last ^= carry(user, node, "weights")
+        if kind in DROPOUT:
+            if kind is not _aten.dropout or dropout:
+                raise NotAttention(f"{name_of(user)} on the attention weights", user)
+            dropout = dropout_rate(user)
+        else:
+            key_last ^= carry(user, node, "weights")
         path.append(user)
         node = user
 
@@ -217,12 +252,13 @@ def _site(
     causal: bool,
     spelling: str,
     grouped: bool,
+    held: tuple[fx.Node, ...] = (),
 ) -> Site:
     """The last checks (dtypes, regions, mutation), then the site."""
     if batch is None or score_batch is None:
         raise NotAttention("the batch axes of q, k and v do not broadcast in a way that is known when compiling", out)
     context.check_one_region([*path, out], out)
-    context.check_stable(path, (q.node, k.node, v.node), out)
+    context.check_stable(path, (q.node, k.node, v.node, *held), out)
     cast = context.autocast(out)
     dtypes = [operand.value.dtype for operand in (q, k, v)] + [out.meta["val"].dtype]
     if any(dtype not in DTYPES for dtype in dtypes):

@@ -19,7 +19,7 @@ from polyattn.passes.normalize import checkpoint_body, normalize
 from polyattn.passes.products import unify_products
 from polyattn.passes.scores import FLOWS
 from polyattn.passes.site import Refusal, Site
-from polyattn.passes.splice import splice
+from polyattn.passes.splice import splice, splice_exact
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +54,15 @@ def run(
             sites.append((f"{graph_id}/{site.index}", site))
         # later sites first: an operand of a later site may be the output of an earlier one, which splicing replaces
         for site in reversed(found.sites):
-            splice(site, op, f"{graph_id}/{site.index}", options, version)
+            if site.exact:
+                if not site.kept:
+                    splice_exact(site)
+            else:
+                splice(site, op, f"{graph_id}/{site.index}", options, version)
         module.graph.lint()
         module.recompile()
-    return Result(normal if sites else None, tuple(sites), tuple(refusals))
+    changed = any(not site.kept for _, site in sites)
+    return Result(normal if changed else None, tuple(sites), tuple(refusals))
 
 
 def _parameters(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> frozenset[fx.Node]:

@@ -1,6 +1,7 @@
 """The walk from a softmax back to the product of queries and keys: scales and masks are read on the way.
 
-Scales must be Python numbers, masks provably causal and -inf, casts upward; whatever else stands there is refused.
+Scales must be Python numbers and casts upward; masks and biases are kept as terms (:mod:`polyattn.passes.bias`), with
+the proof that one is causal where there is one; whatever else stands there is refused.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import fx
 
 from polyattn.passes import axes, masks
 from polyattn.passes.axes import CAST, REGROUP, SAME, TRANSPOSE, NotAttention, packet, same_sizes, shape
+from polyattn.passes.bias import FILL, Term
 from polyattn.passes.context import Context
 from polyattn.passes.masks import Unprovable, argument
 
@@ -51,6 +53,8 @@ class Walk:
     scale: float = 1.0
     scaled: bool = False
     causal: bool = False
+    terms: list[Term] = dataclasses.field(default_factory=list)
+    """Masks and biases, from the softmax back to the product; those that are provably causal are marked so."""
 
 
 def walk_back(context: Context, softmax: fx.Node, walk: Walk, path: list[fx.Node]) -> fx.Node:
@@ -78,9 +82,9 @@ def walk_back(context: Context, softmax: fx.Node, walk: Walk, path: list[fx.Node
         elif kind in (_aten.mul, _aten.div):
             node = _scale(node, walk)
         elif kind in (_aten.add, _aten.sub):
-            node = _added_mask(context, node, walk)
+            node = _added(context, node, walk)
         elif kind in (_aten.masked_fill, _aten.where):
-            node = _filled_mask(context, node, walk)
+            node = _filled(context, node, walk)
         else:
             raise NotAttention(f"the scores pass through {name_of(node)}, which is not part of softmax attention", node)
 
@@ -98,11 +102,15 @@ def carry(node: fx.Node, source: fx.Node, what: str) -> bool:
         raise NotAttention(f"a view mixes the query and key axes of the attention {what}", node)
     if kind is _aten.expand and not same_sizes(shape(source), shape(node)):
         raise NotAttention(f"the attention {what} are expanded", node)
-    if kind in DROPOUT:
-        rate, train = argument(node, 1, "p"), argument(node, 2, "train")
-        if train and rate != 0:
-            raise NotAttention(f"dropout with p={rate} on the attention {what}", node)
+    if kind in DROPOUT and dropout_rate(node) != 0:
+        raise NotAttention(f"dropout with p={dropout_rate(node)} on the attention {what}", node)
     return False
+
+
+def dropout_rate(node: fx.Node) -> float:
+    """The probability with which a dropout zeroes: 0 outside training."""
+    rate, train = argument(node, 1, "p"), argument(node, 2, "train")
+    return number(rate, node) if train or train is None else 0.0
 
 
 def check_upcast(source: fx.Node, node: fx.Node) -> None:
@@ -140,18 +148,27 @@ def number(value: Any, node: fx.Node) -> float:
     return float(value)
 
 
-def _added_mask(context: Context, node: fx.Node, walk: Walk) -> fx.Node:
+def _added(context: Context, node: fx.Node, walk: Walk) -> fx.Node:
     left, right = node.args[0], node.args[1]
-    if packet(node) is _aten.sub or node.kwargs.get("alpha", 1) != 1:
-        raise NotAttention(f"the scores pass through {name_of(node)}, which is not part of softmax attention", node)
-    scores, mask = (right, left) if _makes_scores(right) and not _makes_scores(left) else (left, right)
-    if not isinstance(scores, fx.Node) or not isinstance(mask, fx.Node):
+    if node.kwargs.get("alpha", 1) != 1:
+        raise NotAttention(f"the scores pass through {name_of(node)} with alpha={node.kwargs['alpha']}", node)
+    minus = packet(node) is _aten.sub
+    scores, other = (right, left) if _makes_scores(right) and not _makes_scores(left) else (left, right)
+    if minus and scores is right:
+        raise NotAttention("the scores are subtracted from something", node)
+    if not isinstance(scores, fx.Node) or not isinstance(other, fx.Node):
         raise NotAttention("a number is added to the scores", node)
-    _masked(context, walk, mask, node, scores, 0.0, -math.inf)
+    if not torch.is_tensor(other.meta.get("val")):
+        raise NotAttention("a dynamic size is added to the scores", node)
+    causal = None if minus else _proved(context, other, node, scores, walk, 0.0, None)
+    factor = -walk.scale if minus else walk.scale
+    if causal is None and not other.meta["val"].dtype.is_floating_point:
+        raise NotAttention(f"a tensor of {other.meta['val'].dtype} is added to the scores", node)
+    _keep(walk, node, scores, other, causal, added=True, factor=factor)
     return scores
 
 
-def _filled_mask(context: Context, node: fx.Node, walk: Walk) -> fx.Node:
+def _filled(context: Context, node: fx.Node, walk: Walk) -> fx.Node:
     if packet(node) is _aten.masked_fill:
         scores, mask, value, keep = node.args[0], node.args[1], node.args[2], False
     else:
@@ -166,26 +183,47 @@ def _filled_mask(context: Context, node: fx.Node, walk: Walk) -> fx.Node:
             constant = None
         context.check_unmutated(value, node)
         value = constant.pieces[0][1] if constant is not None and constant.is_constant else "a tensor"
-    if value != -math.inf:
-        raise NotAttention(f"masked scores are set to {value}, not to -inf", node)
     if not isinstance(scores, fx.Node):
-        raise NotAttention("where() does not choose between the scores and -inf", node)
-    _masked(context, walk, mask, node, scores, keep, not keep)
+        raise NotAttention("where() does not choose between the scores and a number", node)
+    if not isinstance(value, (int, float)) or not value <= FILL:
+        raise NotAttention(f"scores are set to {value}: that replaces them, it does not mask them", node)
+    if not isinstance(mask, fx.Node) or mask.meta["val"].dtype != torch.bool:
+        kind = mask.meta["val"].dtype if isinstance(mask, fx.Node) else type(mask).__name__
+        raise NotAttention(f"the mask is {kind}, not bool", node)
+    causal = _proved(context, mask, node, scores, walk, keep, not keep)
+    _keep(walk, node, scores, mask, causal, added=False, keep=keep, fill=float(value) * walk.scale)
     return scores
 
 
-def _masked(context: Context, walk: Walk, mask: Any, node: fx.Node, scores: fx.Node, keep: Any, drop: Any) -> None:
+def _proved(
+    context: Context, mask: fx.Node, node: fx.Node, scores: fx.Node, walk: Walk, keep: Any, drop: Any
+) -> bool | None:
+    """True: causal; False: it hides nothing; None: anything else, or not provable."""
+    try:
+        return causal_mask(context, mask, tuple(shape(scores)[-2:]), walk.key_last, keep, drop, node)
+    except NotAttention:
+        return None
+
+
+def _keep(walk: Walk, node: fx.Node, scores: fx.Node, other: fx.Node, causal: bool | None, **how: Any) -> None:
+    """Record a mask or bias; one that hides nothing is dropped."""
     if walk.scale <= 0:
         raise NotAttention(f"a mask is multiplied by {walk.scale}", node)
     if not same_sizes(shape(scores), shape(node)):
         raise NotAttention("the mask broadcasts the scores", node)
-    walk.causal |= causal_mask(context, mask, tuple(shape(scores)[-2:]), walk.key_last, keep, drop, node)
+    walk.causal |= causal is True
+    if causal is not False:
+        batch = tuple(shape(scores)[:-2])
+        walk.terms.append(Term(other, batch, not walk.key_last, causal=causal is True, **how))
 
 
 def causal_mask(
     context: Context, mask: Any, pair: tuple[Any, ...], key_last: bool, keep: Any, drop: Any, node: fx.Node
 ) -> bool:
-    """True: the mask is causal; False: it hides nothing. Anything else is refused."""
+    """True: the mask is causal; False: it hides nothing. Anything else is refused.
+
+    ``drop`` None stands for any number that masks an added score, -inf or at most FILL.
+    """
     try:
         value = masks.step(mask)
     except Unprovable as reason:
@@ -195,6 +233,9 @@ def causal_mask(
         raise NotAttention(f"the mask is {mask.meta['val'].dtype}, not bool", node)
     if not value.is_constant and not (isinstance(mask, fx.Node) and same_sizes(shape(mask)[-2:], pair)):
         raise NotAttention("the mask is broadcast along its query or key axis", node)
+    if drop is None:
+        least = min((v for _, v in value.pieces if not isinstance(v, bool)), default=0.0)
+        drop = least if least <= FILL else -math.inf
     verdict = masks.causal(value if key_last else value.transposed(), keep=keep, drop=drop)
     if verdict is None:
         raise NotAttention(f"the mask is not causal: {masks.describe(value)}", node)

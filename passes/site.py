@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from polyattn.passes.bias import Term
+
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (.+)')
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
@@ -76,13 +78,21 @@ class Site:
     scale: float
     causal: bool
     mask: str
-    """``none`` or ``causal``."""
+    """``none`` or ``causal``; else what the terms are."""
     where: str
     spelling: str
     owners: tuple[fx.Node, ...]
     shape: dict[str, int | str]
     cast: torch.dtype | None
     """The dtype that autocast gives q, k and v, or None outside autocast."""
+    terms: tuple[Term, ...] = ()
+    """Masks and biases of an exact site, from the softmax back to the product; a causal one is among them."""
+    dropout: float = 0.0
+    """Probability of dropping a weight."""
+    exact: str = ""
+    """Why there is no low-rank form; empty where there is one. Such a site becomes ``scaled_dot_product_attention``."""
+    kept: bool = False
+    """The site is such a call already and stays."""
 
 
 def where(node: fx.Node) -> str:

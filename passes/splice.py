@@ -1,4 +1,4 @@
-"""Put one ``polyattn::attention`` in the place of each site.
+"""Put one ``polyattn::attention`` (or torch's own attention) in the place of each site.
 
 Operands of any rank are brought to ``[B, H, tokens, features]`` by views (broadcast axes expanded, batch axes regrouped
 in row-major order), and the output back to the shape of the node it replaces. Sizes that are symbolic stay so: they are
@@ -8,6 +8,7 @@ autocast region; what only the old spelling needed is removed, everything else s
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ import torch.fx as fx
 
 from polyattn.errors import PolyattnError
 from polyattn.passes.axes import packet, same_sizes
+from polyattn.passes.bias import attn_mask
 from polyattn.passes.site import Operand, Site
 
 _aten = torch.ops.aten
@@ -86,12 +88,54 @@ def splice(site: Site, op: Callable[..., Any], identifier: str, options: str, ve
         SpliceError: two or more symbolic sizes have no name in the graph.
     """
     write = _Writer(site)
-    serving = site.k.batch if site.grouped else site.batch
-    q = _four(write, site.q, site.score_batch, site.batch, site.cast)
-    k = _four(write, site.k, site.k.batch if site.grouped else site.score_batch, serving, site.cast)
-    v = _four(write, site.v, serving, serving, site.cast)
+    q, k, v = _operands(write, site)
     call = write.call(op, q, k, v, list(site.owners), site.scale, site.causal, identifier, options, version)
-    result = write.call(operator.getitem, call, 0)
+    _replace(write, site, write.call(operator.getitem, call, 0))
+    return call
+
+
+def splice_exact(site: Site) -> fx.Node:
+    """Put ``scaled_dot_product_attention`` in the place of a site without a low-rank form; returns the call.
+
+    Raises:
+        SpliceError: as :func:`splice`.
+    """
+    write = _Writer(site)
+    q, k, v = _operands(write, site)
+    mask, boolean = attn_mask(write, site.terms, site.batch) if site.terms else (None, False)
+    given = mask
+    if mask is not None and not boolean:
+        mask = given = write.call(_aten.to.dtype, mask, site.cast or site.q.value.dtype)
+    call = write.call(_aten.scaled_dot_product_attention.default, q, k, v, given, site.dropout, site.causal)
+    call.kwargs = {"scale": site.scale}
+    result = call
+    if mask is not None:
+        # Torch's kernels return 0 for a row in which nothing is kept; the softmax that stood here did not.
+        if boolean:
+            none = write.call(_aten.logical_not.default, write.call(_aten.any.dim, mask, -1, True))
+            lost: Any = site.terms[0].fill
+            other = math.nan if lost == -math.inf else write.call(_aten.mean.dim, v, [-2], True)
+        else:
+            none = write.call(_aten.all.dim, write.call(_aten.eq.Scalar, mask, -math.inf), -1, True)
+            other = math.nan
+        where_ = _aten.where.ScalarSelf if isinstance(other, float) else _aten.where.self
+        result = write.call(where_, none, other, call)
+    _replace(write, site, result)
+    return call
+
+
+def _operands(write: _Writer, site: Site) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """q, k and v as [B, H, tokens, features]."""
+    serving = site.k.batch if site.grouped else site.batch
+    return (
+        _four(write, site.q, site.score_batch, site.batch, site.cast),
+        _four(write, site.k, site.k.batch if site.grouped else site.score_batch, serving, site.cast),
+        _four(write, site.v, serving, serving, site.cast),
+    )
+
+
+def _replace(write: _Writer, site: Site, result: fx.Node) -> None:
+    """The result [B, H, n_q, e] in the shape of the site's output, and in its place."""
     if site.out_transposed:
         result = write.call(_aten.transpose.int, result, -2, -1)
     if len(site.batch) != 2:
@@ -103,7 +147,6 @@ def splice(site: Site, op: Callable[..., Any], identifier: str, options: str, ve
     result.meta.update(val=site.out.meta["val"])
     site.out.replace_all_uses_with(result)
     _remove_dead(site.out)
-    return call
 
 
 def _four(
