@@ -75,7 +75,7 @@ def attn_mask(write: Any, terms: Sequence[Term], batch: tuple[Any, ...]) -> tupl
         write: adds calls and finds sizes (:mod:`polyattn.passes.splice`).
         batch: leading axes of the output.
     """
-    placed = [(_place(write, term, batch), term) for term in terms]
+    placed = [(place(write, term, batch), term) for term in terms]
     kept: fx.Node | None = None
     for node, term in placed:
         if not term.added:
@@ -95,7 +95,7 @@ def attn_mask(write: Any, terms: Sequence[Term], batch: tuple[Any, ...]) -> tupl
     return total, False
 
 
-def _place(write: Any, term: Term, batch: tuple[Any, ...]) -> fx.Node:
+def place(write: Any, term: Term, batch: tuple[Any, ...]) -> fx.Node:
     """A term's tensor as [B, H, n_q, n_k], or what broadcasts to it; the batch is folded as splicing folds it."""
     node, sizes = term.node, list(shape(term.node))
     while len(sizes) < 2:

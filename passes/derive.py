@@ -16,11 +16,12 @@ from polyattn.rewriter.expr import Mask, Program, Tensor
 from polyattn.rewriter.interpret import Interpreter
 from polyattn.rewriter.lowrank import Approximation
 from polyattn.rewriter.stack import stack
+from polyattn.rewriter.symbols import SUBSCRIPTS
 
 
 @dataclass(frozen=True)
 class Step:
-    """One rule of a derivation: its name, why it holds, the program after it."""
+    """One rule of a derivation: its name, why it holds (with its source in math.md), the program after it."""
 
     rule: str
     note: str
@@ -81,20 +82,37 @@ def derive(form_name: str, degree: int, gradient: str) -> tuple[Step, ...]:
         return program
 
     substituted = gradient == "substituted"
+    low, high = (str(g).translate(SUBSCRIPTS) for g in (degree - 1, degree))
     p = note(
-        "lift", "the site" + (" and its traced autograd graph" if substituted else ""), exact(form_name, substituted)
+        "lift",
+        f"{form.text}" + (" and its autograd graph, traced (math.md §1)" if substituted else " (math.md §1)"),
+        exact(form_name, substituted),
     )
     if masked:
-        p = note("split", "M = M_near + M_far", rules.split_causal(p))
-    p = note("approximate", f"exp(S) → polynomial of degree {degree}", approximation.apply(p))
+        p = note("split", "M = M_near + M_far: j in the chunk of i, j in an earlier chunk (§6)", rules.split_causal(p))
+    p = note(
+        "approximate",
+        f"exp(S) → p(S) of degree {degree}; the one step that is no identity (§4)",
+        approximation.apply(p),
+    )
     if not substituted:
-        p = note("differentiate", "vjp of the substituted forward, traced", _differentiate(form, p, approximation))
-        p = note("inline", "pairs of tokens are no intermediates", rules.reuse(rules.inline(p)))
-    p = note("power", "one polynomial of the score per term", rules.powers(p))
-    p = note("kronecker", "p(U Wᵀ) = (Φ(U) diag(w)) Φ(W)ᵀ, each monomial once", rules.kronecker(p))
-    p = note("absorb", "a factor per token goes into the one sum that it scales", rules.absorb(p))
-    p = note("compress", "Φ_{g-1}(K) ⊘ K is a selection of the columns of Φ_g(K)", rules.compress(p))
-    note("stack", "one wider contraction in place of several", stack(p))
+        p = note(
+            "differentiate", "the vjp of the substituted forward, traced (§2b)", _differentiate(form, p, approximation)
+        )
+        p = note("inline", "an n × n intermediate is written out where it is used (§2)", rules.reuse(rules.inline(p)))
+    p = note(
+        "power", "powers of the score are one polynomial per term: a₀ + a₁ S + a₂ S ∘ S + … = p(S)", rules.powers(p)
+    )
+    p = note(
+        "kronecker", "p(U Wᵀ) = Φ(U) diag(w) Φ(W)ᵀ; (U₁ W₁ᵀ) ∘ (U₂ W₂ᵀ) = (U₁ ⊘ U₂) (W₁ ⊘ W₂)ᵀ (§2)", rules.kronecker(p)
+    )
+    p = note("absorb", "diag(z) (U + W) = diag(z) U + diag(z) W, where nothing else reads U + W", rules.absorb(p))
+    p = note(
+        "compress",
+        f"the columns of Φ{low}(K) ⊘ K are columns of Φ{high}(K): a monomial times a variable (§2)",
+        rules.compress(p),
+    )
+    note("stack", "X ∘ (G Vᵀ) − X ∘ (δ 1ᵀ) = X ∘ ([G, −δ] [V, 1]ᵀ); A V and A 1 are columns of A [V, 1] (§1)", stack(p))
     return tuple(steps)
 
 

@@ -13,6 +13,7 @@ from polyattn.codegen.evaluate import Evaluation, block_length
 from polyattn.passes.derive import Step, derive
 from polyattn.passes.forms import softmax_form
 from polyattn.passes.kernels import exact_plan, kernels
+from polyattn.passes.log import Log, formulas
 from polyattn.rewriter.features import rank
 from polyattn.rewriter.lowrank import Approximation
 from polyattn.rewriter.order import plan
@@ -21,12 +22,16 @@ from polyattn.rewriter.plan import walk
 
 @dataclass(frozen=True)
 class Derivation:
-    """The rules applied to one form, in order, and the costs of exact attention and of both backwards."""
+    """The rules applied to one form, in order, and the costs of exact attention and of both backwards.
+
+    ``str`` is the readable log; ``shape`` (``n_q``, ``n_k``, ``d``, ``e``, ``chunk``) adds numbers to it.
+    """
 
     steps: tuple[Step, ...]
     form: str
     degree: int
     gradient: str
+    shape: Mapping[str, int] | None = None
 
     def costs(self) -> dict[str, sympy.Expr]:
         """FLOPs per head of the plans, in n, d, e, r, r' and C; a backward is given all that the forward computed."""
@@ -41,12 +46,16 @@ class Derivation:
         return found
 
     def __str__(self) -> str:
-        lines = [f"derivation of {self.form}, degree {self.degree}, {self.gradient} gradient"]
+        others = {name: derive(self.form, self.degree, name)[-1].program for name in ("consistent", "substituted")}
+        log = Log(self.form, self.degree, self.gradient)
+        return log.write(self.steps, others, self.costs(), self.shape)
+
+    def latex(self) -> str:
+        """The formulas of every step as displays, a comment with the rule before them."""
+        lines = []
         for number, step in enumerate(self.steps, 1):
-            lines.append(f"{number}. {step.rule}: {step.note}")
-            lines += [f"     {name}{expr}" for name, expr in step.program.expressions()]
-        lines.append("costs (FLOPs per head)")
-        lines += [f"     {name}: {value}" for name, value in self.costs().items()]
+            lines.append(f"% {number}. {step.rule}: {step.note}")
+            lines += [rf"\[ {formula} \]" for formula in formulas(step.program)]
         return "\n".join(lines)
 
 
@@ -54,10 +63,14 @@ def _gradients(outputs: Mapping[str, object]) -> list[str]:
     return [name for name in outputs if name != "O"]
 
 
-def derivation(*, causal: bool, degree: int, gradient: str) -> Derivation:
-    """The derivation of softmax attention; ``str`` of it is the readable log."""
-    form = softmax_form(causal)
-    return Derivation(derive(form, degree, gradient), form, degree, gradient)
+def derivation(*, causal: bool, degree: int, gradient: str, shape: Mapping[str, int] | None = None) -> Derivation:
+    """The derivation of softmax attention; ``str`` of it is the readable log, with numbers if a shape is given."""
+    return derivation_of(softmax_form(causal), degree, gradient, shape)
+
+
+def derivation_of(form: str, degree: int, gradient: str, shape: Mapping[str, int] | None = None) -> Derivation:
+    """The derivation of any form of ``passes/forms.py``."""
+    return Derivation(derive(form, degree, gradient), form, degree, gradient, shape)
 
 
 def sources(*, causal: bool, degree: int, gradient: str) -> dict[str, str]:

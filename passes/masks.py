@@ -2,19 +2,13 @@
 
 A mask over (query i, key j) that depends on ``j - i`` alone is a step function of the *offset* ``j - i``. ``tril``,
 ``triu``, ``ones``, ``full``, comparisons of ``arange``\\ s, logic, arithmetic, casts and views of these are evaluated
-exactly in that domain:
-
-* ``Step(((k1, v1), (k2, v2), ..., (inf, vn)))``: value v1 where offset ≤ k1, v2 where k1 < offset ≤ k2, ...
-* ``Index(coefficients, constant)``: an ``arange`` seen along the named axes (counted from the last one).
-
-Everything else has no meaning here and raises :class:`Unprovable` with the reason, in words for a report. Contents of
-buffers and inputs are never looked at: they may change after compilation.
+exactly in the domain of :mod:`polyattn.passes.mask_values`. Everything else has no meaning here and raises
+:class:`Unprovable` with the reason, in words for a report. Contents of buffers and inputs are never looked at: they may
+change after compilation.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -22,74 +16,20 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-Value = bool | int | float
+from polyattn.passes.mask_values import (
+    INFINITE,
+    Index,
+    Meaning,
+    Step,
+    Unprovable,
+    Value,
+    cast,
+    causal,
+    describe,
+    pointwise,
+)
 
-INFINITE = math.inf
-
-
-class Unprovable(Exception):
-    """The mask is not provably any step function; the message is the reason."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """A function of the offset ``j - i`` (last axis minus the one before it), piecewise constant."""
-
-    pieces: tuple[tuple[float, Value], ...]
-
-    @staticmethod
-    def constant(value: Value) -> Step:
-        return Step(((INFINITE, value),))
-
-    def simplified(self) -> Step:
-        pieces: list[tuple[float, Value]] = []
-        for bound, value in self.pieces:
-            if pieces and _same(pieces[-1][1], value):
-                pieces[-1] = (bound, value)
-            else:
-                pieces.append((bound, value))
-        return Step(tuple(pieces))
-
-    def at(self, offset: float) -> Value:
-        return next(value for bound, value in self.pieces if offset <= bound)
-
-    def transposed(self) -> Step:
-        """The same function with i and j exchanged (offset → -offset)."""
-        bounds = [bound for bound, _ in self.pieces[:-1]]
-        values = [value for _, value in self.pieces]
-        flipped = [-bound - 1 for bound in reversed(bounds)] + [INFINITE]
-        return Step(tuple(zip(flipped, reversed(values), strict=True)))
-
-    @property
-    def is_constant(self) -> bool:
-        return len(self.pieces) == 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Index:
-    """``sum(coefficient * position along axis) + constant``; axes are counted from the last one, -1, -2, ..."""
-
-    coefficients: tuple[tuple[int, int], ...]
-    constant: int = 0
-
-    def plus(self, other: Index, sign: int) -> Index:
-        table = dict(self.coefficients)
-        for axis, coefficient in other.coefficients:
-            table[axis] = table.get(axis, 0) + sign * coefficient
-        return Index(tuple(sorted((a, c) for a, c in table.items() if c)), self.constant + sign * other.constant)
-
-
-Meaning = Step | Index
-
-
-def _same(a: Value, b: Value) -> bool:
-    return type(a) is type(b) and (a == b or (a != a and b != b))
-
-
-def pointwise(function: Callable[..., Value], *steps: Step) -> Step:
-    """Apply a scalar function piece by piece."""
-    bounds = sorted({bound for step in steps for bound, _ in step.pieces})
-    return Step(tuple((bound, function(*(step.at(bound) for step in steps))) for bound in bounds)).simplified()
+__all__ = ["Index", "Meaning", "Step", "Unprovable", "Value", "argument", "causal", "describe", "meaning", "step"]
 
 
 def meaning(node: Any) -> Meaning:
@@ -122,26 +62,6 @@ def step(node: Any) -> Step:
     return value
 
 
-def causal(value: Step, *, keep: Value, drop: Value) -> bool | None:
-    """True when the mask keeps exactly ``j <= i``, False when it keeps everything, None when it does neither."""
-    value = value.simplified()
-    if value.is_constant:
-        return False if _equal(value.pieces[0][1], keep) else None
-    if len(value.pieces) == 2 and value.pieces[0][0] == 0:
-        return True if _equal(value.pieces[0][1], keep) and _equal(value.pieces[1][1], drop) else None
-    return None
-
-
-def describe(value: Step) -> str:
-    """``1 where j - i <= 0, 0 elsewhere``: for reasons."""
-    parts = [f"{v} where j - i <= {int(bound)}" for bound, v in value.pieces[:-1]]
-    return ", ".join([*parts, f"{value.pieces[-1][1]} {'elsewhere' if parts else 'everywhere'}"])
-
-
-def _equal(a: Value, b: Value) -> bool:
-    return isinstance(a, bool) == isinstance(b, bool) and a == b
-
-
 def _name(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target))
 
@@ -165,24 +85,12 @@ def _rank(node: Any) -> int:
     return int(node.meta["val"].dim())
 
 
-def _cast(value: Value, dtype: torch.dtype) -> Value:
-    if dtype == torch.bool:
-        return bool(value)
-    if dtype.is_floating_point:
-        return float(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise Unprovable("an infinite mask value is cast to an integer")
-    if dtype.is_complex:
-        raise Unprovable("the mask is complex")
-    return int(value)
-
-
 def _filled(position: int, name: str, value: Value | None = None) -> Callable[[fx.Node], Meaning]:
     def handler(node: fx.Node) -> Meaning:
         fill = value if value is not None else argument(node, position, name)
         if not isinstance(fill, (bool, int, float)):
             raise Unprovable("the mask is filled with a value that is not a number")
-        return Step.constant(_cast(fill, _dtype(node)))
+        return Step.constant(cast(fill, _dtype(node)))
 
     return handler
 
@@ -294,7 +202,7 @@ def _band(lower: bool) -> Callable[[fx.Node], Meaning]:
         diagonal = argument(node, 1, "diagonal", 0)
         if not isinstance(diagonal, int):
             raise Unprovable("the diagonal of the mask is symbolic")
-        zero = _cast(0, _dtype(node))
+        zero = cast(0, _dtype(node))
         bound = diagonal if lower else diagonal - 1
         inside = Step(((bound, lower), (INFINITE, not lower)))
         return pointwise(lambda keep, value: value if keep else zero, inside, step(node.args[0]))
@@ -307,7 +215,7 @@ def _same_meaning(node: fx.Node) -> Meaning:
     if isinstance(value, Index):
         return value
     dtype = _dtype(node)
-    return pointwise(lambda v: _cast(v, dtype), value)
+    return pointwise(lambda v: cast(v, dtype), value)
 
 
 def _elementwise(function: Callable[..., Value]) -> Callable[[fx.Node], Meaning]:
@@ -317,7 +225,7 @@ def _elementwise(function: Callable[..., Value]) -> Callable[[fx.Node], Meaning]
         dtype = _dtype(node)
         values = [_offset_operand(value, node) for value in node.args]
         try:
-            return pointwise(lambda *v: _cast(function(*v), dtype), *values)
+            return pointwise(lambda *v: cast(function(*v), dtype), *values)
         except (ZeroDivisionError, TypeError, ValueError) as error:
             raise Unprovable(f"the mask is built with {_name(node)}: {error}") from None
 
@@ -371,16 +279,12 @@ def _where(node: fx.Node) -> Meaning:
     if len(node.args) < 3:
         raise Unprovable("where() without values")
     dtype = _dtype(node)
-    return pointwise(
-        lambda c, a, b: _cast(a if c else b, dtype), *(_offset_operand(value, node) for value in node.args)
-    )
+    return pointwise(lambda c, a, b: cast(a if c else b, dtype), *(_offset_operand(value, node) for value in node.args))
 
 
 def _masked_fill(node: fx.Node) -> Meaning:
     dtype = _dtype(node)
-    return pointwise(
-        lambda x, m, v: _cast(v if m else x, dtype), *(_offset_operand(value, node) for value in node.args)
-    )
+    return pointwise(lambda x, m, v: cast(v if m else x, dtype), *(_offset_operand(value, node) for value in node.args))
 
 
 _aten = torch.ops.aten

@@ -182,13 +182,14 @@ def _match_softmax(context: Context, softmax: fx.Node) -> Site:
         _check_precision(softmax, product, path)
     path.append(scores)
     causal = walk.causal and not terms
-    held = tuple(term.node for term in terms)
+    held = tuple(term.node for term in (*terms, *walk.factors))
     site = _site(context, product, path, q, k, v, batch, score_batch, walk.scale, causal, spelling, False, held)
     return dataclasses.replace(
         site,
         out_transposed=not weights_first,
         where=where(softmax),
         terms=terms,
+        factors=tuple(walk.factors),
         dropout=dropout,
         mask=mask,
         exact=exact,

@@ -55,6 +55,8 @@ class Walk:
     causal: bool = False
     terms: list[Term] = dataclasses.field(default_factory=list)
     """Masks and biases, from the softmax back to the product; those that are provably causal are marked so."""
+    factors: list[Term] = dataclasses.field(default_factory=list)
+    """Tensors that scale whole rows of scores: they go to the queries."""
 
 
 def walk_back(context: Context, softmax: fx.Node, walk: Walk, path: list[fx.Node]) -> fx.Node:
@@ -125,9 +127,9 @@ def _scale(node: fx.Node, walk: Walk) -> fx.Node:
         left, right = right, left
     if len(node.args) > 2 or node.kwargs.get("rounding_mode") is not None:
         raise NotAttention("the scores are divided with rounding", node)
+    if isinstance(right, fx.Node) and torch.is_tensor(right.meta.get("val")):
+        return _scale_by_tensor(node, walk, left, right)
     if isinstance(right, fx.Node):
-        if torch.is_tensor(right.meta.get("val")):
-            raise NotAttention("the scores are scaled by a tensor, not by a number", node)
         raise NotAttention("the scale depends on a dynamic size", node)
     factor = number(right, node)
     if not isinstance(left, fx.Node):
@@ -135,6 +137,26 @@ def _scale(node: fx.Node, walk: Walk) -> fx.Node:
     if packet(node) is _aten.div and factor == 0:
         raise NotAttention("the scores are divided by zero", node)
     walk.scale = walk.scale * factor if packet(node) is _aten.mul else walk.scale / factor
+    walk.scaled = True
+    return left
+
+
+def _scale_by_tensor(node: fx.Node, walk: Walk, left: Any, right: fx.Node) -> fx.Node:
+    """A learned temperature, one number or one per head or query: it scales the queries as well."""
+    divided = packet(node) is _aten.div
+    if not divided and _makes_scores(right) and not _makes_scores(left):
+        left, right = right, left
+    if not isinstance(left, fx.Node):
+        raise NotAttention("a number is divided by the scores", node)
+    sizes = shape(right)
+    keys = sizes[-1:] if walk.key_last else sizes[-2:-1]
+    if not all(axes.one(size) for size in keys) or not right.meta["val"].dtype.is_floating_point:
+        raise NotAttention("the scores are scaled by a tensor that varies along the keys", node)
+    if not same_sizes(shape(left), shape(node)):
+        raise NotAttention("the scale broadcasts the scores", node)
+    walk.factors.append(
+        Term(right, tuple(shape(left)[:-2]), not walk.key_last, added=False, factor=-1.0 if divided else 1.0)
+    )
     walk.scaled = True
     return left
 
@@ -209,6 +231,8 @@ def _keep(walk: Walk, node: fx.Node, scores: fx.Node, other: fx.Node, causal: bo
     """Record a mask or bias; one that hides nothing is dropped."""
     if walk.scale <= 0:
         raise NotAttention(f"a mask is multiplied by {walk.scale}", node)
+    if walk.factors and (causal is None or how["added"] or how["fill"] != -math.inf):
+        raise NotAttention("a mask or bias is multiplied by a tensor", node)
     if not same_sizes(shape(scores), shape(node)):
         raise NotAttention("the mask broadcasts the scores", node)
     walk.causal |= causal is True

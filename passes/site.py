@@ -87,6 +87,8 @@ class Site:
     """The dtype that autocast gives q, k and v, or None outside autocast."""
     terms: tuple[Term, ...] = ()
     """Masks and biases of an exact site, from the softmax back to the product; a causal one is among them."""
+    factors: tuple[Term, ...] = ()
+    """Tensors that the queries are multiplied by (``factor`` 1) or divided by (-1)."""
     dropout: float = 0.0
     """Probability of dropping a weight."""
     exact: str = ""

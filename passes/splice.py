@@ -18,7 +18,7 @@ import torch.fx as fx
 
 from polyattn.errors import PolyattnError
 from polyattn.passes.axes import packet, same_sizes
-from polyattn.passes.bias import attn_mask
+from polyattn.passes.bias import attn_mask, place
 from polyattn.passes.site import Operand, Site
 
 _aten = torch.ops.aten
@@ -127,8 +127,12 @@ def splice_exact(site: Site) -> fx.Node:
 def _operands(write: _Writer, site: Site) -> tuple[fx.Node, fx.Node, fx.Node]:
     """q, k and v as [B, H, tokens, features]."""
     serving = site.k.batch if site.grouped else site.batch
+    q = _four(write, site.q, site.score_batch, site.batch, site.cast)
+    for term in site.factors:
+        factor = write.call(_aten.to.dtype, place(write, term, site.batch), site.cast or site.q.value.dtype)
+        q = write.call(_aten.mul.Tensor if term.factor > 0 else _aten.div.Tensor, q, factor)
     return (
-        _four(write, site.q, site.score_batch, site.batch, site.cast),
+        q,
         _four(write, site.k, site.k.batch if site.grouped else site.score_batch, serving, site.cast),
         _four(write, site.v, serving, serving, site.cast),
     )

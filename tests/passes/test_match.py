@@ -318,6 +318,22 @@ PRODUCTS: dict[str, tuple[Callable[..., torch.Tensor], tuple[tuple[int, ...], ..
         lambda q, k, v: torch.bmm(torch.softmax(torch.bmm(q, k.transpose(1, 2)), -1), v),
         ((6, N, D), (6, 7, D), (6, 7, E)),
     ),
+    "scaled by one number that is learned": (
+        lambda q, k, v, t: ((q @ k.transpose(-2, -1)) * t.exp()).softmax(-1) @ v,
+        ((2, 3, N, D), (2, 3, 7, D), (2, 3, 7, E), ()),
+    ),
+    "scaled by one number per head": (
+        lambda q, k, v, t: (t * (q @ k.transpose(-2, -1)) * 0.5).softmax(-1) @ v,
+        ((2, 3, N, D), (2, 3, 7, D), (2, 3, 7, E), (3, 1, 1)),
+    ),
+    "divided by one number per query": (
+        lambda q, k, v, t: ((q @ k.transpose(-2, -1)) / t.exp()).softmax(-1) @ v,
+        ((2, 3, N, D), (2, 3, 7, D), (2, 3, 7, E), (1, N, 1)),
+    ),
+    "scaled in the transpose": (
+        lambda q, k, v, t: ((k @ q.transpose(-2, -1)) * t).softmax(-2).transpose(-2, -1) @ v,
+        ((2, 3, N, D), (2, 3, 7, D), (2, 3, 7, E), (1, N)),
+    ),
     "keys transposed beforehand": (
         lambda q, k, v: torch.softmax(q @ k.transpose(1, 2).reshape(2, D, 7) * 0.5, -1) @ v,
         ((2, N, D), (2, 7, D), (2, 7, E)),
@@ -459,9 +475,14 @@ def integer_mask(q, k, v):
     return (q @ k.transpose(-2, -1) + torch.ones(N, N, dtype=torch.long).tril()).softmax(-1) @ v
 
 
-@miss("scaled by a tensor")
-def scale_tensor(q, k, v):
-    return (q @ k.transpose(-2, -1) * q.abs().mean()).softmax(-1) @ v
+@miss("varies along the keys")
+def scale_of_every_key(q, k, v):
+    return (q @ k.transpose(-2, -1) * k.mean(-1)[..., None, :]).softmax(-1) @ v
+
+
+@miss("multiplied by a tensor")
+def bias_before_a_tensor(q, k, v):
+    return ((q @ k.transpose(-2, -1) + k.mean(-1)[..., None, :]) * q.abs().mean()).softmax(-1) @ v
 
 
 @miss("a number is added")
