@@ -1,7 +1,8 @@
 """Order: choose how every product is contracted, by cost (math.md §2, "the rewrite is a choice of contraction order").
 
 A dynamic programme over the subsets of a term's factors (at most nine).  Trees are compared by the degree in n of
-their largest step, then by FLOPs at nominal sizes, then by the size of the largest intermediate.  Under M_far the sum
+their largest step, then by FLOPs at nominal sizes, then by the size of the largest intermediate; at equal cost the
+weights of monomials stay out of running sums, so that one sum serves every term that needs it.  Under M_far the sum
 over the masked token is a running sum (§6): it must be complete before it meets the other token, and what it yields
 differs from chunk to chunk, so that nothing but a token's own row is combined with it.
 """
@@ -35,8 +36,8 @@ from polyattn.rewriter.plan import Node, Plan, node
 NOMINAL = {"n_q": 65536.0, "n_k": 65536.0, "n": 65536.0, "d": 32.0, "e": 32.0, "r": 561.0, "r'": 33.0, "C": 512.0}
 MAX_FACTORS = 9
 
-_Score = tuple[int, float, float]
-"""Degree in n of the largest step, FLOPs, elements of the largest intermediate."""
+_Score = tuple[int, float, float, int]
+"""Degree in n of the largest step, FLOPs, elements of the largest intermediate, running sums with weights in them."""
 
 
 def plan(program: Program) -> Plan:
@@ -171,7 +172,7 @@ class _Planner:
                 factor = factors[position]
                 if isinstance(factor.tensor, Select):
                     continue
-                start = _Partial((0, 0.0, 0.0), self.tensor(factor.tensor), factor.indices)
+                start = _Partial((0, 0.0, 0.0, 0), self.tensor(factor.tensor), factor.indices)
                 best[subset] = self._reduce(start, [i for i in factor.indices if gone(i, subset)], summed, along)
                 continue
             left = (subset - 1) & subset
@@ -186,6 +187,10 @@ class _Planner:
                 score, left, right = min(candidates)
                 best[subset] = self._build(factors, best, left, right, score, gone, summed, along)
         return best.get(full)
+
+    @staticmethod
+    def _members(factors: list[Factor], subset: int) -> list[Factor]:
+        return [f for position, f in enumerate(factors) if subset >> position & 1]
 
     @staticmethod
     def _select(factors: list[Factor], subset: int) -> Factor | None:
@@ -218,7 +223,7 @@ class _Planner:
             made = frozenset(held) - {alpha} | {beta, a}
             tokens = sum(i.kind.token for i in made)
             previous = best[other].score
-            return (max(previous[0], tokens), previous[1], max(previous[2], self.size(made)))
+            return (max(previous[0], tokens), previous[1], max(previous[2], self.size(made)), previous[3])
         if left not in best or right not in best:
             return None
         x, y = best[left], best[right]
@@ -234,10 +239,13 @@ class _Planner:
         reduces = any(gone(i, subset) for i in union)
         work = self.size(union) * (2 if reduces else 1)
         made = frozenset(i for i in union if not gone(i, subset))
+        summed_here = scanned(subset) and not scanned(left) and not scanned(right)
+        weighted = int(summed_here and any(isinstance(f.tensor, Weights) for f in self._members(factors, subset)))
         return (
             max(x.score[0], y.score[0], tokens),
             x.score[1] + y.score[1] + work,
             max(x.score[2], y.score[2], self.size(made)),
+            x.score[3] + y.score[3] + weighted,
         )
 
     def _build(
@@ -284,7 +292,12 @@ class _Planner:
         scan = along.kind.letter if summed in lost and along is not None else None
         tokens = sum(i.kind.token for i in x.indices)
         tokens = 1 if self.near and tokens == 2 else tokens
-        score = (max(x.score[0], tokens), x.score[1] + self.size(x.indices), max(x.score[2], self.size(kept)))
+        score = (
+            max(x.score[0], tokens),
+            x.score[1] + self.size(x.indices),
+            max(x.score[2], self.size(kept)),
+            x.score[3],
+        )
         return _Partial(score, node("contract", (x.node,), tuple(i.kind for i in kept), attr, scan), kept)
 
 
