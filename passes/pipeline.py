@@ -1,6 +1,6 @@
 """The order of passes, on one screen.
 
-    Dynamo graph ─ normalize ─▶ aten graph ─ products ─ match ─▶ sites, refusals ─ splice ─▶ aten graph with the op
+    Dynamo graph ─ normalize ─ softmaxes ─ products ─▶ aten graph ─ match ─▶ sites, refusals ─ splice ─▶ aten graph
 
 Bodies of activation checkpointing are matched and spliced like the graph that calls them.
 """
@@ -19,6 +19,7 @@ from polyattn.passes.normalize import checkpoint_body, normalize
 from polyattn.passes.products import unify_products
 from polyattn.passes.scores import FLOWS
 from polyattn.passes.site import Refusal, Site
+from polyattn.passes.softmaxes import unify_softmaxes
 from polyattn.passes.splice import splice, splice_exact
 
 
@@ -47,6 +48,7 @@ def run(
     sites: list[tuple[str, Site]] = []
     refusals: list[Refusal] = []
     for module, parameters in _graphs(normal, _parameters(normal, example_inputs)):
+        unify_softmaxes(module.graph)
         unify_products(module.graph, FLOWS, SOFTMAX)
         found = match(module.graph, parameters, first_index=len(sites))
         refusals.extend(found.refusals)

@@ -9,6 +9,7 @@ touched; an equation with a sum inside one operand, a diagonal, or more than one
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,7 +59,7 @@ def _reaches(node: fx.Node, carries: frozenset[Any] | set[Any], softmax: set[Any
     return False
 
 
-class _Writer:
+class Writer:
     """Adds calls before a node, with its source line and with the fake value of each."""
 
     def __init__(self, node: fx.Node) -> None:
@@ -78,15 +79,31 @@ class _Writer:
         return node if list(order) == list(range(len(order))) else self.call(_aten.permute.default, node, list(order))
 
     def replace(self, made: fx.Node) -> None:
+        """Put a new node in the place of this one; what only it used goes as well."""
         self.node.replace_all_uses_with(made)
-        self.node.graph.erase_node(self.node)
+        remove_dead(self.node)
+
+
+def remove_dead(node: fx.Node) -> None:
+    """Remove a node that nothing uses, then what only it used; never inputs, attributes or calls with effects."""
+    stack = [node]
+    while stack:
+        candidate = stack.pop()
+        for user in list(candidate.users):
+            if user.target is operator.getitem and not user.users:
+                candidate.graph.erase_node(user)
+        if candidate.users or candidate.op != "call_function" or candidate._erased or candidate.is_impure():
+            continue
+        sources = list(candidate.all_input_nodes)
+        candidate.graph.erase_node(candidate)
+        stack.extend(sources)
 
 
 def _baddbmm(node: fx.Node) -> None:
     beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
     if not all(isinstance(c, (int, float)) for c in (beta, alpha)):
         return
-    write = _Writer(node)
+    write = Writer(node)
     made = write.call(_aten.matmul.default, node.args[1], node.args[2])
     if alpha != 1:
         made = write.call(_aten.mul.Tensor, made, alpha)
@@ -144,7 +161,7 @@ def _einsum(node: fx.Node, makes_scores: bool) -> None:
         return
     row, column = rows[-1], columns[-1]
     batch = [x for x in result if x not in (row, column)]
-    write = _Writer(node)
+    write = Writer(node)
     left = _arrange(write, a, first, [*batch, row, summed[0]])
     right = _arrange(write, b, second, [*batch, summed[0], column])
     made = write.call(_aten.matmul.default, left, right)
@@ -152,7 +169,7 @@ def _einsum(node: fx.Node, makes_scores: bool) -> None:
     write.replace(write.permute(made, [order.index(x) for x in result]))
 
 
-def _arrange(write: _Writer, node: fx.Node, have: list[str], want: list[str]) -> fx.Node:
+def _arrange(write: Writer, node: fx.Node, have: list[str], want: list[str]) -> fx.Node:
     """The operand with its axes in a given order, size 1 where it lacks one."""
     present = [x for x in want if x in have]
     made = write.permute(node, [have.index(x) for x in present])

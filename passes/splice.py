@@ -19,6 +19,7 @@ import torch.fx as fx
 from polyattn.errors import PolyattnError
 from polyattn.passes.axes import packet, same_sizes
 from polyattn.passes.bias import attn_mask, place
+from polyattn.passes.products import remove_dead
 from polyattn.passes.site import Operand, Site
 
 _aten = torch.ops.aten
@@ -150,7 +151,7 @@ def _replace(write: _Writer, site: Site, result: fx.Node) -> None:
         _relax_views(site.out)
     result.meta.update(val=site.out.meta["val"])
     site.out.replace_all_uses_with(result)
-    _remove_dead(site.out)
+    remove_dead(site.out)
 
 
 def _four(
@@ -193,15 +194,3 @@ def _relax_views(out: fx.Node) -> None:
         if node.target is _aten.view.default:
             node.target = _aten.reshape.default
         stack.extend(node.users)
-
-
-def _remove_dead(node: fx.Node) -> None:
-    """Remove a node that nothing uses, then what only it used; never inputs, attributes or calls with effects."""
-    stack = [node]
-    while stack:
-        candidate = stack.pop()
-        if candidate.users or candidate.op != "call_function" or candidate._erased or candidate.is_impure():
-            continue
-        sources = list(candidate.all_input_nodes)
-        candidate.graph.erase_node(candidate)
-        stack.extend(sources)

@@ -273,6 +273,25 @@ def test_spelling(name: str) -> None:
     assert f"in {name}" in site.where
 
 
+_PLAIN = ((2, 3, N, D), (2, 3, 7, D), (2, 3, 7, E))
+
+
+def _by_hand(q, k, v, shift, late):
+    scores = q @ k.transpose(-2, -1) * 0.3
+    if shift:
+        scores = scores - scores.amax(-1, keepdim=True)
+    weights = scores.exp()
+    if late:
+        return (weights @ v) / weights.sum(-1, keepdim=True)
+    return weights / weights.sum(dim=-1, keepdim=True) @ v
+
+
+def _sum_unsqueezed(q, k, v):
+    scores = q @ k.transpose(-2, -1)
+    weights = torch.exp(scores - scores.max(dim=-1, keepdim=True).values)
+    return (weights / weights.sum(-1).unsqueeze(-1)) @ v
+
+
 PRODUCTS: dict[str, tuple[Callable[..., torch.Tensor], tuple[tuple[int, ...], ...]]] = {
     "einsum heads first": (
         lambda q, k, v: torch.einsum("bhij,bhjd->bhid", torch.einsum("bhid,bhjd->bhij", q, k).mul(0.3).softmax(-1), v),
@@ -334,6 +353,11 @@ PRODUCTS: dict[str, tuple[Callable[..., torch.Tensor], tuple[tuple[int, ...], ..
         lambda q, k, v, t: ((k @ q.transpose(-2, -1)) * t).softmax(-2).transpose(-2, -1) @ v,
         ((2, 3, N, D), (2, 3, 7, D), (2, 3, 7, E), (1, N)),
     ),
+    "exponentials over their sum": (lambda q, k, v: _by_hand(q, k, v, False, False), _PLAIN),
+    "exponentials of differences to the maximum": (lambda q, k, v: _by_hand(q, k, v, True, False), _PLAIN),
+    "normalised after the values": (lambda q, k, v: _by_hand(q, k, v, False, True), _PLAIN),
+    "normalised after the values, maximum": (lambda q, k, v: _by_hand(q, k, v, True, True), _PLAIN),
+    "sum unsqueezed": (lambda q, k, v: _sum_unsqueezed(q, k, v), _PLAIN),
     "keys transposed beforehand": (
         lambda q, k, v: torch.softmax(q @ k.transpose(1, 2).reshape(2, D, 7) * 0.5, -1) @ v,
         ((2, N, D), (2, 7, D), (2, 7, E)),
