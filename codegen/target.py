@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from polyattn.codegen import triton_target
+from polyattn.codegen import cpu_target, triton_target
 from polyattn.codegen.evaluate import Evaluation
 from polyattn.codegen.spec import KernelSpec
 from polyattn.errors import ScheduleError
@@ -38,14 +38,17 @@ def run(
             logging.getLogger("polyattn").warning(
                 "Triton kernels of the %s do not run on %s; plain torch runs instead: %s", spec.name, device, error
             )
+    if device.type == "cpu":
+        return cpu_target.run(spec, inputs, scalars, head_dim, block)
     return Evaluation(spec, inputs, scalars, head_dim, block).run()
 
 
 def sources(spec: KernelSpec) -> dict[str, str]:
     """The text of a specification, and what each target emits for it, by name."""
     made = {"specification": str(spec)}
-    try:
-        made["triton"] = triton_target.emit(spec).text
-    except ScheduleError as error:
-        made["triton"] = f"# no Triton code: {error}"
+    for name, text in (("cpu", cpu_target.emit), ("triton", lambda spec: triton_target.emit(spec).text)):
+        try:
+            made[name] = text(spec)
+        except ScheduleError as error:
+            made[name] = f"# no code for this target: {error}"
     return made

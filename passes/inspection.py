@@ -9,6 +9,7 @@ import sympy
 import torch
 from torch import fx
 
+from polyattn.codegen import target
 from polyattn.codegen.evaluate import Evaluation, block_length
 from polyattn.passes.derive import Step, derive
 from polyattn.passes.forms import softmax_form
@@ -74,9 +75,10 @@ def derivation_of(form: str, degree: int, gradient: str, shape: Mapping[str, int
 
 
 def sources(*, causal: bool, degree: int, gradient: str) -> dict[str, str]:
-    """The kernel specifications by name."""
+    """Texts by name: ``forward.specification``, ``forward.cpu``, ``forward.triton``, and the same of ``backward``."""
     made = kernels(causal, degree, gradient)
-    return {"forward": str(made.forward), "backward": str(made.backward(("dQ", "dK", "dV")))}
+    specs = {"forward": made.forward, "backward": made.backward(("dQ", "dK", "dV"))}
+    return {f"{name}.{kind}": text for name, spec in specs.items() for kind, text in target.sources(spec).items()}
 
 
 def graphs(

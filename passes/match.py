@@ -53,6 +53,10 @@ _aten = torch.ops.aten
 SOFTMAX = {_aten.softmax, _aten._softmax, _aten._safe_softmax, _aten.special_softmax}
 SDPA = _aten.scaled_dot_product_attention
 FUSED = {_aten._transformer_encoder_layer_fwd, _aten._native_multi_head_attention}
+_ADDED = (
+    "in training it stays as it was: where an added mask hides a whole row, the backward of torch's fused attention "
+    "differs from that of softmax"
+)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -64,13 +68,14 @@ class Matches:
     refusals: tuple[Refusal, ...]
 
 
-def match(graph: fx.Graph, parameters: Iterable[fx.Node] = (), first_index: int = 0) -> Matches:
+def match(graph: fx.Graph, parameters: Iterable[fx.Node] = (), first_index: int = 0, training: bool = True) -> Matches:
     """Sites and refusals of a normalised graph.
 
     Args:
         graph: as :func:`polyattn.passes.normalize.normalize` makes it; not changed.
         parameters: placeholders that hold parameters (the owners of a site are taken from them).
         first_index: index of the first site.
+        training: whether gradients may be asked for.
     """
     context = Context(graph, frozenset(parameters))
     sites: list[Site] = []
@@ -87,6 +92,8 @@ def match(graph: fx.Graph, parameters: Iterable[fx.Node] = (), first_index: int 
                 site = _match_sdpa(context, node)
             elif kind in SOFTMAX and _feeds_product(node):
                 site = _match_softmax(context, node)
+                if training and any(term.added for term in site.terms):
+                    site = dataclasses.replace(site, exact=f"{site.exact}; {_ADDED}", kept=True)
             else:
                 continue
         except NotAttention as refusal:

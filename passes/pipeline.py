@@ -45,12 +45,15 @@ def run(
 ) -> Result:
     """All passes over a Dynamo graph, which is not changed. Arguments: see :func:`polyattn.passes.splice.splice`."""
     normal = normalize(gm, example_inputs)
+    training = torch.is_grad_enabled() and any(
+        isinstance(value, torch.Tensor) and value.requires_grad for value in example_inputs
+    )
     sites: list[tuple[str, Site]] = []
     refusals: list[Refusal] = []
     for module, parameters in _graphs(normal, _parameters(normal, example_inputs)):
         unify_softmaxes(module.graph)
         unify_products(module.graph, FLOWS, SOFTMAX)
-        found = match(module.graph, parameters, first_index=len(sites))
+        found = match(module.graph, parameters, first_index=len(sites), training=training)
         refusals.extend(found.refusals)
         for site in found.sites:
             sites.append((f"{graph_id}/{site.index}", site))

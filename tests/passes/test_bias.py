@@ -246,6 +246,26 @@ def test_a_buffer_may_change_after_compilation() -> None:
     torch.testing.assert_close(compiled(*inputs), model(*inputs))
 
 
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_added_masks_that_hide_whole_rows_keep_their_gradients(grad: bool) -> None:
+    """In training such a site stays as it was: torch's fused backward takes the weights of a hidden row for 1."""
+    mask = torch.zeros(B, 1, N, M)
+    mask[0, 0, 3] = torch.finfo(torch.float32).min
+    inputs = [x.detach().float().requires_grad_(grad) for x in qkv()]
+
+    def function(q: Any, k: Any, v: Any, mask: Any) -> Any:
+        return (scores(q, k) + mask).softmax(-1) @ v
+
+    got, report = run(function, [*inputs, mask])
+    want = function(*inputs, mask)
+    (site,) = report.sites
+    assert ("stays as it was" in site.reason) is grad
+    torch.testing.assert_close(got, want)
+    if grad:
+        made, wanted = (torch.autograd.grad(x.square().sum(), inputs) for x in (got, want))
+        torch.testing.assert_close(made, wanted)
+
+
 def _moments(function: Callable[..., Any], inputs: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     drawn = torch.stack([function(*inputs).detach() for _ in range(400)])
     return drawn.mean(0), drawn.var(0)

@@ -1,0 +1,167 @@
+"""How tiles and states of the CPU target lie in memory, and the expressions that read them as matrices.
+
+Every tile and state has the heads as its first axis, and a *layout*, the letters of its other axes as they lie in
+memory. Tiles made by matrix products and feature tiles are feature-major, tokens last; inputs keep their rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import sympy
+
+from polyattn.errors import ScheduleError
+from polyattn.rewriter.plan import Node
+
+TOKENS, FEATURES, WIDTHS = ("i", "j"), ("α", "β", "γ", "δ", "ε"), ("a", "b", "b̂")
+TILE_ORDER = (*FEATURES, *WIDTHS, *TOKENS)
+STATE_ORDER = (*WIDTHS, *FEATURES)
+SIZES = {"a": "d", "b": "e", "b̂": "e + 1", "i": "T_q", "j": "T_k", "t": "T"}
+
+Layout = tuple[str, ...]
+
+
+def rank_name(letter: str) -> str:
+    """The variable for the number of features of an axis: r, and r_1 one degree down."""
+    level = FEATURES.index(letter)
+    return "r" if level == 0 else f"r_{level}"
+
+
+def size(letter: str) -> str:
+    """The variable, or expression, for the size of an axis."""
+    return rank_name(letter) if letter in FEATURES else SIZES[letter]
+
+
+def letters(n: Node) -> Layout:
+    """The axes of a node.
+
+    Raises:
+        ScheduleError: two axes of one kind, or an axis that this target does not know.
+    """
+    found = tuple(kind.letter for kind in n.axes)
+    if len(set(found)) != len(found) or not set(found) <= set(TILE_ORDER):
+        raise ScheduleError(f"the CPU target has no tile with the axes {list(found)} of {n.op}")
+    return found
+
+
+def ordered(found: Iterable[str]) -> Layout:
+    """Axes in the order in which this target lays them out: states with features last, tiles with tokens last."""
+    order = TILE_ORDER if set(found) & set(TOKENS) else STATE_ORDER
+    return tuple(sorted(found, key=order.index))
+
+
+@dataclass(frozen=True)
+class Value:
+    """A Python expression and the layout of what it stands for; ``plain`` values (weights) have no axis of heads."""
+
+    name: str
+    layout: Layout
+    plain: bool = False
+
+    def shape(self) -> str:
+        return shape_text(self.layout)
+
+    def matrix(self, rows: Layout, columns: Layout) -> str | None:
+        """The expression of this value as a batch of matrices, where transposing and flattening are enough."""
+        if self.layout == (*rows, *columns):
+            return _flat(self.name, len(rows), len(columns))
+        if self.layout == (*columns, *rows):
+            return _flat(self.name, len(columns), len(rows)) + ".mT"
+        return None
+
+    def spread(self, target: Layout, copy: bool = False) -> str:
+        """The expression of this value broadcast to a layout that has all of its axes.
+
+        ``copy`` lays a transposed value out anew, for a tile over which it is repeated many times.
+        """
+        name, wanted = self.name, tuple(x for x in target if x in self.layout)
+        if wanted != self.layout:
+            if len(wanted) == 2:
+                name += ".mT.contiguous()" if copy else ".mT"
+            else:
+                name += f".permute(0, {', '.join(str(self.layout.index(x) + 1) for x in wanted)})"
+        present = [x in self.layout for x in target]
+        if self.plain:
+            present = present[present.index(True) :]
+        if all(present):
+            return name
+        dims = [] if self.plain else [":"]
+        dims += [":" if here else "None" for here in present]
+        return f"{name}[{_short(dims)}]"
+
+
+def shape_text(layout: Layout) -> str:
+    return f"[H, {', '.join(map(size, layout))}]" if layout else "[H]"
+
+
+def _flat(name: str, first: int, second: int) -> str:
+    name += f".flatten(1, {first})" if first > 1 else ""
+    return name + (".flatten(2)" if second > 1 else "")
+
+
+def _short(dims: Sequence[str]) -> str:
+    """An index without its trailing full slices, or with an ellipsis for its leading ones."""
+    kept = list(dims)
+    while len(kept) > 1 and kept[-1] == ":":
+        kept.pop()
+    leading = next(k for k, dim in enumerate(kept) if dim != ":")
+    return ", ".join(["...", *kept[leading:]] if leading > 1 and len(kept) == len(dims) else kept)
+
+
+def number(c: object) -> str:
+    """A coefficient as Python; its symbols are variables of the emitted function."""
+    value = sympy.sympify(c)
+    if any(
+        not (part.is_Number or part.is_Symbol or part.is_Add or part.is_Mul or part.is_Pow) for part in _parts(value)
+    ):
+        raise ScheduleError(f"the CPU target has no code for the coefficient {c}")
+    return str(value)
+
+
+def _parts(value: sympy.Expr) -> Iterable[sympy.Expr]:
+    made: Iterable[sympy.Expr] = sympy.preorder_traversal(value)
+    return made
+
+
+def shared(layout: Layout) -> Layout:
+    """Memory of tiles of one token axis serves queries and keys."""
+    return tuple("t" if x in TOKENS else x for x in layout) if layout != TOKENS else layout
+
+
+def large(layout: Layout) -> bool:
+    """Whether a tile is large enough for memory of its own."""
+    return len(layout) > 2 or layout == TOKENS or any(x in FEATURES for x in layout)
+
+
+def column(k: int, wide: int, count: int) -> str:
+    """The index of part ``k`` of a stack along its last axis; part ``wide`` is the one that has an axis."""
+    if k != wide:
+        return str(k if k < wide else k - count)
+    return f"{k or ''}:{k + 1 - count or ''}"
+
+
+def group(value: Value, groups: tuple[int, int]) -> str:
+    made = value.matrix(value.layout[: groups[0]], value.layout[groups[0] :])
+    assert made is not None
+    return made
+
+
+def matrices(values: Sequence[Value], layout: Layout) -> tuple[str, str, tuple[int, int]] | None:
+    """Two values as matrices whose product has a layout, and how many of its axes are rows and columns."""
+    for left, right in ((values[0], values[-1]), (values[-1], values[0])):
+        rows, columns = (tuple(x for x in v.layout if x in layout) for v in (left, right))
+        summed = tuple(x for x in left.layout if x not in layout)
+        if summed and rows and columns and (*rows, *columns) == layout and not (left.plain or right.plain):
+            first, second = left.matrix(rows, summed), right.matrix(summed, columns)
+            if first and second and set(summed) | set(columns) == set(right.layout):
+                return first, second, (len(rows), len(columns))
+    return None
+
+
+def einsum(values: Sequence[Value], layout: Layout) -> str:
+    names = dict(zip((*WIDTHS, *TOKENS, *FEATURES), "abcijrstuv", strict=True))
+    terms = ["".join(("" if v.plain else "h", *(names[x] for x in v.layout))) for v in values]
+    return (
+        f'torch.einsum("{",".join(terms)}->h{"".join(names[x] for x in layout)}", {", ".join(v.name for v in values)})'
+    )
