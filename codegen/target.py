@@ -8,12 +8,24 @@ from collections.abc import Mapping
 import torch
 
 from polyattn.codegen import cpu_target, triton_target
-from polyattn.codegen.evaluate import Evaluation
+from polyattn.codegen.evaluate import TILE_ELEMENTS, Evaluation
 from polyattn.codegen.spec import KernelSpec
 from polyattn.errors import ScheduleError
 
+MAX_GRID = 65535
+"""Programs along the second axis of a CUDA grid."""
 _refused: set[KernelSpec] = set()
 """Specifications whose Triton kernels failed in this process."""
+
+
+def heads_at_once(device: torch.device, groups: int, elements: int) -> int:
+    """How many key heads one call of :func:`run` should take.
+
+    A CPU works through them a few at a time, so that their feature tiles, ``elements`` for each of the ``groups`` of
+    queries, stay in its cache; a GPU's grid takes all of them, as far as its second axis goes.
+    """
+    limit = MAX_GRID // groups if device.type == "cuda" else TILE_ELEMENTS // max(1, groups * elements)
+    return max(1, limit)
 
 
 def run(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from polyattn.passes.dead import drop_dead
 from polyattn.passes.match import SOFTMAX, match
 from polyattn.passes.normalize import checkpoint_body, normalize
 from polyattn.passes.products import unify_products
@@ -51,6 +52,7 @@ def run(
     sites: list[tuple[str, Site]] = []
     refusals: list[Refusal] = []
     for module, parameters in _graphs(normal, _parameters(normal, example_inputs)):
+        drop_dead(module.graph)
         unify_softmaxes(module.graph)
         unify_products(module.graph, FLOWS, SOFTMAX)
         found = match(module.graph, parameters, first_index=len(sites), training=training)

@@ -9,7 +9,6 @@ touched; an equation with a sum inside one operand, a diagonal, or more than one
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 import torch.fx as fx
 
 from polyattn.passes.axes import packet
+from polyattn.passes.dead import remove_dead
 from polyattn.passes.masks import argument
 
 _aten = torch.ops.aten
@@ -82,21 +82,6 @@ class Writer:
         """Put a new node in the place of this one; what only it used goes as well."""
         self.node.replace_all_uses_with(made)
         remove_dead(self.node)
-
-
-def remove_dead(node: fx.Node) -> None:
-    """Remove a node that nothing uses, then what only it used; never inputs, attributes or calls with effects."""
-    stack = [node]
-    while stack:
-        candidate = stack.pop()
-        for user in list(candidate.users):
-            if user.target is operator.getitem and not user.users:
-                candidate.graph.erase_node(user)
-        if candidate.users or candidate.op != "call_function" or candidate._erased or candidate.is_impure():
-            continue
-        sources = list(candidate.all_input_nodes)
-        candidate.graph.erase_node(candidate)
-        stack.extend(sources)
 
 
 def _baddbmm(node: fx.Node) -> None:

@@ -19,7 +19,7 @@ import torch.fx as fx
 from polyattn.errors import PolyattnError
 from polyattn.passes.axes import packet, same_sizes
 from polyattn.passes.bias import attn_mask, place
-from polyattn.passes.products import remove_dead
+from polyattn.passes.dead import remove_dead
 from polyattn.passes.site import Operand, Site
 
 _aten = torch.ops.aten

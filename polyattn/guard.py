@@ -1,12 +1,14 @@
-"""The run-time decision of every site: low rank or exact, taken at first use and kept (math.md §5).
+"""The run-time decision of every site: low rank or exact, taken at first use and audited again and again (math.md §5).
 
 State is keyed by the site and by the parameters that feed its queries and keys, because one compiled block may serve
-many layers. A decision is made once per key, so that the recompute of a checkpoint takes the plan of its first run.
+many layers. Under ``policy="auto"`` a failed audit makes a site exact from that call on, until :func:`reset`: to try
+again it would have to run the low-rank form beside the exact one, in vain as long as nothing has changed.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,8 +20,18 @@ import torch
 from polyattn.options import Options
 from polyattn.passes.forms import softmax_form
 from polyattn.passes.kernels import exact_cost, kernels
+from polyattn.recompute import Calls, inside_backward
 from polyattn.rewriter.expr import CHUNK, N_K, N_Q, R1, D, E, R
 from polyattn.rewriter.features import rank, rank_formula
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """What a call of a site does: its number (None for a recomputation), low rank or exact, audited or not."""
+
+    number: int | None
+    low_rank: bool
+    audit: bool = False
 
 
 @dataclass
@@ -38,11 +50,79 @@ class SiteState:
     flops_before_symbolic: sympy.Expr
     flops_after_symbolic: sympy.Expr
     error: float | None = None
+    """Worst row of the last audit, in the additive unit."""
     relative_error: float | None = None
+    worst_error: float | None = None
+    """The largest ``error`` of all audits; NaN once one of them was."""
+    worst_relative_error: float | None = None
     guarantee: Literal["audited", "exact", "none"] = "none"
     calls: int = 0
+    """Calls so far; what a checkpoint runs again is not counted."""
+    audits: int = 0
+    audited_call: int = 0
+    """Number of the last audited call, from 1; 0 before the first audit."""
     exact_rows: int = 0
+    warned: bool = False
+    recent: Calls = field(default_factory=Calls, repr=False, compare=False)
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    @property
+    def calls_since_audit(self) -> int:
+        return self.calls - self.audited_call
+
+    def enter(self, options: Options, *tensors: torch.Tensor) -> Ticket:
+        """The plan of a call with these q, k and v. A recomputation gets the plan of its first run and nothing else."""
+        with self.lock:
+            if self.calls and inside_backward():
+                ever_low = self.verdict == "low_rank" or len(self.recent) > 0
+                again = self.recent.plan(*tensors) if ever_low else False
+                if again is not None:
+                    return Ticket(None, again)
+            self.calls += 1
+            low = self.verdict == "low_rank"
+            since = self.calls - self.audited_call
+            due = self.audits == 0 or (options.audit_every > 0 and since >= options.audit_every)
+            audit = low and options.audit_rows > 0 and due
+            if audit:
+                self.audited_call = self.calls  # claimed: another thread need not audit as well
+            return Ticket(self.calls, low, audit)
+
+    def leave(self, ticket: Ticket, low_rank: bool, *tensors: torch.Tensor) -> None:
+        """Remember which plan a call took, for its recomputation; sites that were never low rank need no memory."""
+        with self.lock:
+            if ticket.number is not None and (low_rank or len(self.recent)):
+                self.recent.add(low_rank, *tensors)
+
+    def measured(self, ticket: Ticket, error: float, relative_error: float) -> None:
+        """Record an audit."""
+        assert ticket.number is not None
+        with self.lock:
+            self.audits += 1
+            self.audited_call = max(self.audited_call, ticket.number)
+            self.error, self.relative_error = error, relative_error
+            self.worst_error = larger(self.worst_error, error)
+            self.worst_relative_error = larger(self.worst_relative_error, relative_error)
+            if self.verdict == "low_rank":
+                self.guarantee = "audited"
+
+    def first_warning(self) -> bool:
+        """True once."""
+        with self.lock:
+            first, self.warned = not self.warned, True
+            return first
+
+    def become_exact(self, reason: str) -> None:
+        """Exact from now on."""
+        with self.lock:
+            self.reason = reason
+            self.verdict, self.guarantee = "exact", "exact"
+            self.flops_after, self.flops_after_symbolic = self.flops_before, self.flops_before_symbolic
+            self.degree = self.rank = self.chunk = None
+
+
+def larger(a: float | None, b: float) -> float:
+    """The larger of two errors; NaN, which may be any error, is larger than every number."""
+    return b if a is None or math.isnan(b) or b > a else a
 
 
 Key = tuple[str, tuple[object, ...]]

@@ -1,8 +1,7 @@
 """The operators that stand in the graph, ``polyattn::attention`` and its backward, and ``polyattn.attention``.
 
-The forward takes its site's decision (:mod:`polyattn.guard`), runs the low-rank kernels or exact attention, and hands
-the plan to its backward with the saved tensors. Rows whose low-rank denominator is not a positive finite number are
-computed exactly, forward and backward.
+The forward takes its site's decision (:mod:`polyattn.guard`), runs the low-rank kernels (:mod:`polyattn.lowrank_op`)
+or exact attention, audits (:mod:`polyattn.audit`), and hands the plan to its backward with the saved tensors.
 """
 
 from __future__ import annotations
@@ -17,21 +16,15 @@ from typing import Any
 
 import torch
 
-from polyattn import guard
+from polyattn import guard, keymask, lowrank_op
+from polyattn.audit import audit
 from polyattn.codegen import exact as dense
-from polyattn.codegen import target
-from polyattn.codegen.evaluate import TILE_ELEMENTS, block_length
 from polyattn.errors import DeviceError, DoubleBackwardError, DtypeError, ShapeError
-from polyattn.guard import SiteState
+from polyattn.guard import SiteState, Ticket
 from polyattn.options import Options
 from polyattn.passes.derive import exact
 from polyattn.passes.forms import softmax_form
-from polyattn.passes.kernels import kernels
-from polyattn.rewriter import features
-from polyattn.rewriter.lowrank import Approximation
 
-_LowRank = tuple[torch.Tensor, torch.Tensor, int]
-"""Output, denominators, and how many rows were computed exactly."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -47,10 +40,6 @@ def _version() -> str:
 
 VERSION = _version()
 """Hash of this package's sources: an argument of the ops, so that torch's caches never keep a stale backward."""
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -75,133 +64,11 @@ def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         raise ShapeError(f"k has {k.shape[-2]} tokens and v {v.shape[-2]}; they must be the same tokens")
 
 
-def _grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[B, Hq, n, d] → [B·Hk, groups, n, d]; keys and values [B·Hk, n, ·], in the accumulator's dtype."""
-    dtype = _accumulator(q.dtype)
-    batch, kv = k.shape[0], k.shape[1]
-    queries = q.reshape(batch * kv, q.shape[1] // kv, q.shape[2], q.shape[3])
-    return (
-        queries.to(dtype),
-        k.reshape(batch * kv, *k.shape[2:]).to(dtype),
-        v.reshape(batch * kv, *v.shape[2:]).to(dtype),
-    )
-
-
-def _groups_of_heads(heads: int, groups: int, r: int, block: int) -> int:
-    return max(1, min(heads, TILE_ELEMENTS // max(1, groups * block * r)))
-
-
-def _run(
-    spec: Any, inputs: Mapping[str, torch.Tensor], scale: float, degree: int, d: int, block: int
-) -> dict[str, torch.Tensor]:
-    """One specification over all heads, a group of heads at a time."""
-    heads, groups = inputs["Q"].shape[0], inputs["Q"].shape[1]
-    step = _groups_of_heads(heads, groups, features.rank(d, degree), block)
-    parts = []
-    for at in range(0, heads, step):
-        some = {name: x[at : at + step] for name, x in inputs.items()}
-        parts.append(target.run(spec, some, {"s": scale, **Approximation(degree).values}, d, block))
-    return {name: torch.cat([p[name] for p in parts]) if len(parts) > 1 else parts[0][name] for name in parts[0]}
-
-
 def _shape(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, int]:
     names = ("batch", "heads", "kv_heads", "n_q", "n_k", "d", "e")
     return dict(
         zip(names, (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3]), strict=True)
     )
-
-
-def _bad_rows(out: torch.Tensor, denominators: torch.Tensor) -> torch.Tensor:
-    good = torch.isfinite(denominators) & (denominators > 0) & torch.isfinite(out).all(-1)
-    return ~good
-
-
-def _low_rank_forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float,
-    causal: bool,
-    degree: int,
-    gradient: str,
-    chunk: int,
-) -> _LowRank:
-    """Output and denominators (−1 marks rows computed exactly) of grouped tensors; how many rows."""
-    made = kernels(causal, degree, gradient)
-    d = q.shape[-1]
-    block = chunk if causal else block_length(features.rank(d, degree), q.shape[1])
-    result = _run(made.forward, {"Q": q, "K": k, "V": v}, scale, degree, d, block)
-    out, denominators = result["O"], result["D"]
-    bad = _bad_rows(out, denominators)
-    count = int(bad.sum())
-    if count:
-        for h, g in bad.any(-1).nonzero().tolist():
-            rows = bad[h, g].nonzero().squeeze(1)
-            out[h, g, rows] = dense.rows_forward(q[h, g, rows], k[h], v[h], rows, scale, causal)
-        denominators = denominators.masked_fill(bad, -1.0)
-    return out, denominators, count
-
-
-def _audit(
-    state: SiteState,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    scale: float,
-    causal: bool,
-    options: Options,
-) -> None:
-    """Compare random rows with exact attention, in the two units of math.md §5."""
-    heads, groups, n = q.shape[:3]
-    generator = torch.Generator().manual_seed(options.seed)
-    drawn = torch.randint(heads * groups * n, (options.audit_rows,), generator=generator).tolist()
-    by_head: dict[int, set[int]] = {}
-    for flat in drawn:
-        by_head.setdefault(flat // n, set()).add(flat % n)
-    worst, error2, spread2 = [], 0.0, 0.0
-    for head, chosen in sorted(by_head.items()):
-        h, g = divmod(head, groups)
-        rows = torch.tensor(sorted(chosen), device=q.device)
-        wanted = dense.rows_forward(q[h, g, rows], k[h], v[h], rows, scale, causal)
-        centre = v[h].mean(0)
-        difference = (out[h, g, rows] - wanted).norm(dim=-1)
-        worst.append(difference.max() / (v[h] - centre).norm(dim=-1).max().clamp_min(1e-30))
-        error2 += float(difference.square().sum())
-        spread2 += float((wanted - centre).square().sum())
-    state.error = float(torch.stack(worst).max())  # keeps NaN, which Python's max may drop
-    state.relative_error = math.sqrt(error2 / max(spread2, 1e-300))
-    state.guarantee = "audited"
-
-
-def _decide(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool, options: Options
-) -> tuple[SiteState, _LowRank | None]:
-    """A new decision: by cost, then by an audit of this call; ``auto`` falls back to exact above a tolerance.
-
-    With it comes the low-rank forward that was audited, so that it need not run again.
-    """
-    shape = _shape(q, k, v)
-    state = guard.decide(shape, causal, options)
-    if state.verdict == "exact" or options.audit_rows == 0 or q.numel() == 0 or k.numel() == 0:
-        return state, None
-    chunk = guard.chunk_length(options, shape["d"], options.resolved_degree)
-    grouped = _grouped(q, k, v)
-    audited = _low_rank_forward(*grouped, scale, causal, options.resolved_degree, state.gradient, chunk)
-    _audit(state, *grouped, audited[0], scale, causal, options)
-    assert state.error is not None
-    assert state.relative_error is not None
-    if options.policy == "auto" and not (
-        state.error <= options.tolerance and state.relative_error <= options.relative_tolerance
-    ):
-        state.reason = (
-            f"audit: worst row {state.error:.2e} (tolerance {options.tolerance:.0e}), "
-            f"relative {state.relative_error:.2e} (relative_tolerance {options.relative_tolerance:.0e})"
-        )
-        state.verdict, state.guarantee = "exact", "exact"
-        state.flops_after, state.flops_after_symbolic = state.flops_before, state.flops_before_symbolic
-        state.degree = state.rank = state.chunk = None
-    return state, audited
 
 
 @functools.lru_cache(maxsize=256)
@@ -226,36 +93,52 @@ def _attention(
     options: str,
     version: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    opts = _options(options)
+    accumulator = lowrank_op.accumulator(q.dtype)
+    unused = torch.zeros(0, dtype=accumulator, device=q.device)
+    chunk = guard.chunk_length(opts, q.shape[-1], opts.resolved_degree)
+    plan = torch.tensor([0, opts.resolved_degree, int(opts.resolved_gradient == "substituted"), chunk])
+    if q.numel() == 0 or k.numel() == 0:  # nothing to decide, and nothing that torch's kernel survives
+        out, stat = q.new_zeros(*q.shape[:-1], v.shape[-1]), q.new_zeros(q.shape[:-1], dtype=accumulator)
+        return out, stat, unused, plan
+    where = guard.key(site, owners, options, causal, scale, q.shape[-1], v.shape[-1])
+    state = guard.find(where) or guard.keep(where, guard.decide(_shape(q, k, v), causal, opts))
+    ticket = state.enter(opts, q, k, v)
+    setting = lowrank_op.Setting(scale, causal, opts.resolved_degree, opts.resolved_gradient, chunk)
     with torch.autocast(q.device.type, enabled=False):
-        opts = _options(options)
-        where = guard.key(site, owners, options, causal, scale, q.shape[-1], v.shape[-1])
-        state, done = guard.find(where), None
-        if state is None:
-            state, done = _decide(q, k, v, scale, causal, opts)
-            state = guard.keep(where, state)
-        with state.lock:
-            state.calls += 1
-        accumulator = _accumulator(q.dtype)
-        empty = torch.zeros(0, dtype=accumulator, device=q.device)
-        degree = opts.resolved_degree
-        chunk = guard.chunk_length(opts, q.shape[-1], degree)
-        low = state.verdict == "low_rank" and q.numel() > 0 and k.numel() > 0
-        plan = torch.tensor([int(low), degree, int(state.gradient == "substituted"), chunk])
-        if not low:
+        made = _low_rank(site, state, ticket, (q, k, v), setting, opts) if ticket.low_rank else None
+        state.leave(ticket, made is not None, q, k, v)
+        plan[0] = int(made is not None)
+        if made is None:
             out, lse = dense.forward(q, k, v, scale, causal)
-            return out, lse.to(accumulator), empty, plan
-        if done is None:
-            done = _low_rank_forward(*_grouped(q, k, v), scale, causal, degree, state.gradient, chunk)
-        out, stat, rows = done
+            return out, lse.to(accumulator), unused, plan
+        out = made.out.reshape(*q.shape[:-1], v.shape[-1]).to(q.dtype)
+        return out, made.denominators.reshape(q.shape[:-1]), unused, plan
+
+
+def _low_rank(
+    site: str,
+    state: SiteState,
+    ticket: Ticket,
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    setting: lowrank_op.Setting,
+    options: Options,
+) -> lowrank_op.Forward | None:
+    """The low-rank forward of a call; None when its audit makes the site exact."""
+    grouped = lowrank_op.grouped(*tensors)
+    made = lowrank_op.forward(*grouped, setting)
+    if ticket.audit and not audit(site, state, ticket, grouped, made.out, setting, options):
+        return None
+    if ticket.number is not None:
         with state.lock:
-            state.exact_rows += rows
-        return out.reshape(*q.shape[:-1], v.shape[-1]).to(q.dtype), stat.reshape(q.shape[:-1]), empty, plan
+            state.exact_rows += made.exact_rows
+    return made
 
 
 @_attention.register_fake
 def _(q: Any, k: Any, v: Any, owners: Any, scale: Any, causal: Any, site: Any, options: Any, version: Any) -> Any:
     check(q, k, v)
-    accumulator = _accumulator(q.dtype)
+    accumulator = lowrank_op.accumulator(q.dtype)
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     stat = q.new_empty(q.shape[:-1], dtype=accumulator)
     return out, stat, q.new_empty(0, dtype=accumulator), torch.empty(4, dtype=torch.int64, device="cpu")
@@ -282,15 +165,22 @@ def _attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     low, degree, substituted, chunk = plan.tolist()
     with torch.autocast(q.device.type, enabled=False):
-        if low:
+        made: tuple[torch.Tensor | None, ...]
+        if q.numel() == 0 or k.numel() == 0:
+            made = (torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
+        elif low:
             gradient = "substituted" if substituted else "consistent"
-            made = _low_rank_backward(g, q, k, v, out, stat, scale, causal, degree, gradient, chunk, needs)
+            setting = lowrank_op.Setting(scale, causal, degree, gradient, chunk)
+            made = lowrank_op.backward(g, q, k, v, out, stat, setting, needs)
         else:
             program = exact(softmax_form(causal))
             made = dense.backward(program, g, (q, k, v), out, stat, scale, causal)
     results = []
     for need, x, like in zip(needs, made, (q, k, v), strict=True):
-        results.append(x.reshape(like.shape).to(like.dtype).contiguous() if need else like.new_zeros(0))
+        if need and x is not None:
+            results.append(x.reshape(like.shape).to(like.dtype).contiguous())
+        else:
+            results.append(like.new_zeros(0))
     return results[0], results[1], results[2]
 
 
@@ -301,57 +191,6 @@ def _(
     return tuple(
         like.new_empty(like.shape) if need else like.new_empty(0) for need, like in zip(needs, (q, k, v), strict=True)
     )
-
-
-def _low_rank_backward(
-    g: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    stat: torch.Tensor,
-    scale: float,
-    causal: bool,
-    degree: int,
-    gradient: str,
-    chunk: int,
-    needs: Sequence[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    qs, ks, vs = _grouped(q, k, v)
-    gs, outs = g.reshape(*qs.shape[:-1], -1).to(qs.dtype), out.reshape(*qs.shape[:-1], -1).to(qs.dtype)
-    stats = stat.reshape(qs.shape[:-1])
-    bad = stats <= 0
-    some = bool(bad.any())
-    low_q, low_g, low_o = (x.masked_fill(bad.unsqueeze(-1), 0.0) if some else x for x in (qs, gs, outs))
-    low_d = stats.masked_fill(bad, 1.0) if some else stats
-    wanted = [name for name, need in zip(("dQ", "dK", "dV"), needs, strict=True) if need]
-    made = kernels(causal, degree, gradient)
-    d = q.shape[-1]
-    block = chunk if causal else block_length(features.rank(d, degree), qs.shape[1])
-    inputs = {"Q": low_q, "K": ks, "V": vs, "G": low_g, "O": low_o, "D": low_d}
-    result = _run(made.backward(tuple(wanted)), inputs, scale, degree, d, block)
-    if some:
-        program = exact(softmax_form(causal))
-        # Rows may be exact because a feature overflowed; then the low-rank part of the gradient is lost as well.
-        overflow = not all(bool(torch.isfinite(x).all()) for x in result.values())
-        if overflow:
-            result = {name: torch.zeros_like(x) for name, x in result.items()}
-        for h in range(qs.shape[0]):
-            for group in range(qs.shape[1]):
-                mask = torch.ones_like(bad[h, group]) if overflow else bad[h, group]
-                rows = mask.nonzero().squeeze(1)
-                if not len(rows):
-                    continue
-                dq, dk, dv = dense.rows_backward(
-                    program, qs[h, group, rows], ks[h], vs[h], gs[h, group, rows], rows, scale, causal
-                )
-                if needs[0]:
-                    result["dQ"][h, group, rows] = dq
-                if needs[1]:
-                    result["dK"][h] += dk
-                if needs[2]:
-                    result["dV"][h] += dv
-    return tuple(result.get(name, qs) for name in ("dQ", "dK", "dV"))  # type: ignore[return-value]
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -396,7 +235,9 @@ def attention(
     Args:
         q: [..., heads, n_q, d]; k: [..., kv_heads, n_k, d]; v: [..., kv_heads, n_k, e]; kv_heads divides heads.
             [tokens, head_dim] is one head.
-        key_mask: not supported yet; must be None.
+        key_mask: boolean, [..., n_k] or [n_k], the same for all heads: True where a key takes part. Masked keys are
+            left out; each batch element with a mask of its own is a call of its own. With ``causal`` only keys at the
+            end can be masked. Where no key is left the output is zero.
         causal: query i sees keys j ≤ i (torch's ``is_causal``, also for n_q ≠ n_k).
         scale: factor of the logits, 1/√d by default.
         options: an Options or a mapping of its fields.
@@ -408,8 +249,6 @@ def attention(
     """
     opts = Options.make(options)
     check(q, k, v)
-    if key_mask is not None:
-        raise ShapeError("key_mask is not supported yet; drop the masked keys, or use scaled_dot_product_attention")
     if not (q.ndim == k.ndim == v.ndim) or q.shape[:-3] != k.shape[:-3] or k.shape[:-2] != v.shape[:-2]:
         raise ShapeError(
             f"q, k and v must have the same leading axes, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
@@ -417,13 +256,18 @@ def attention(
     if q.ndim >= 3 and q.shape[-3] % k.shape[-3]:
         raise ShapeError(f"{q.shape[-3]} query heads cannot be shared out over {k.shape[-3]} key heads")
     lead = q.shape[:-3]
-    four = [
-        x.reshape(-1 if x.ndim > 3 else 1, *((1,) if x.ndim == 2 else x.shape[-3:-2]), *x.shape[-2:]) for x in (q, k, v)
-    ]
+    q4, k4, v4 = (x.flatten(0, -4) if x.ndim > 4 else x[(None,) * (4 - x.ndim)] for x in (q, k, v))
     factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     site = "polyattn.attention"
     if not torch.compiler.is_compiling():
         frame = sys._getframe(1)
         site = f"polyattn.attention at {frame.f_code.co_filename}:{frame.f_lineno}"
-    out: torch.Tensor = torch.ops.polyattn.attention(*four, [], factor, causal, site, opts.key(), VERSION)[0]
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = torch.ops.polyattn.attention(q, k, v, [], factor, causal, site, opts.key(), VERSION)[0]
+        return made
+
+    out = (
+        run(q4, k4, v4) if key_mask is None else keymask.attend(keymask.expanded(key_mask, k, causal), q4, k4, v4, run)
+    )
     return out.reshape(*(lead if q.ndim > 3 else ()), *q.shape[-3:-1], v.shape[-1])

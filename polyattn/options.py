@@ -46,9 +46,11 @@ class Options:
     causal_chunk: int | None = None
     """Tokens per chunk under a causal mask (exact exp inside a chunk); None chooses one near the rank."""
     audit_rows: int = 64
-    """Rows per site that are computed exactly at first use and compared (0: no audit; ``auto`` then stays exact)."""
-    audit_every: int = 0
-    """Audit again every so many calls of a site; 0: only at first use. Values above 0 are not supported yet."""
+    """Rows of an audited call that are computed exactly and compared (0: no audit; ``auto`` then stays exact)."""
+    audit_every: int = 8
+    """A low-rank site is audited at its first call and every so many calls after it, each time on fresh rows; 0: only
+    at the first. Under ``auto`` a failed audit makes the site exact from that call on; under ``low_rank`` it is
+    reported, and logged once."""
     inner: Inner = "inductor"
     """Compiler of everything around the attention."""
     inner_options: Mapping[str, Any] | None = None
@@ -76,7 +78,7 @@ class Options:
         chunk = self.causal_chunk
         _check("causal_chunk", chunk is None or (_is_int(chunk) and chunk >= 1), chunk, "a positive integer or None")
         _check("audit_rows", _is_int(self.audit_rows) and self.audit_rows >= 0, self.audit_rows, "an integer >= 0")
-        _check("audit_every", self.audit_every == 0, self.audit_every, "0: repeated audits are not supported yet")
+        _check("audit_every", _is_int(self.audit_every) and self.audit_every >= 0, self.audit_every, "an integer >= 0")
         sites = self.expect_sites
         _check("expect_sites", sites is None or (_is_int(sites) and sites >= 0), sites, "an integer >= 0 or None")
         _check("seed", _is_int(self.seed), self.seed, "an integer")

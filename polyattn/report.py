@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import textwrap
 from typing import TYPE_CHECKING, Any
@@ -54,7 +55,7 @@ class SiteReport:
 
     @property
     def worst(self) -> SiteState | None:
-        return max(self.states, key=lambda state: (state.verdict == "exact", state.error or 0.0), default=None)
+        return max(self.states, key=_badness, default=None)
 
     def _of_worst(self, name: str, default: Any) -> Any:
         state = self.worst
@@ -95,9 +96,30 @@ class SiteReport:
 
     @property
     def error(self) -> float | None:
-        """Worst audited row, in the additive unit; None when nothing was measured."""
+        """Worst row of the last audit, in the additive unit; None when nothing was measured."""
         value: float | None = self._of_worst("error", None)
         return value
+
+    @property
+    def worst_error(self) -> float | None:
+        """The largest ``error`` of all audits."""
+        value: float | None = self._of_worst("worst_error", None)
+        return value
+
+    @property
+    def audits(self) -> int:
+        """How often the site was audited."""
+        return int(self._of_worst("audits", 0))
+
+    @property
+    def audited_call(self) -> int:
+        """Number of the last audited call, from 1; 0 before the first audit."""
+        return int(self._of_worst("audited_call", 0))
+
+    @property
+    def calls(self) -> int:
+        """Calls so far; what activation checkpointing runs again is not counted."""
+        return int(self._of_worst("calls", 0))
 
     @property
     def relative_error(self) -> float | None:
@@ -106,7 +128,7 @@ class SiteReport:
 
     @property
     def guarantee(self) -> str:
-        """``proved``, ``audited`` (on sampled rows of the audited call), ``exact`` or ``none``."""
+        """``proved``, ``audited`` (on sampled rows of the audited calls), ``exact`` or ``none``."""
         return str(self._of_worst("guarantee", "none"))
 
     @property
@@ -191,7 +213,11 @@ class SiteReport:
             "gradient": self.gradient,
             "tolerance": self.tolerance,
             "error": self.error,
+            "worst_error": self.worst_error,
             "relative_error": self.relative_error,
+            "audits": self.audits,
+            "audited_call": self.audited_call,
+            "calls": self.calls,
             "guarantee": self.guarantee,
             "flops_before": self.flops_before,
             "flops_after": self.flops_after,
@@ -209,9 +235,16 @@ class SiteReport:
 
 
 _STATE_FIELDS = (
-    "verdict", "reason", "degree", "rank", "chunk", "gradient", "error", "relative_error", "guarantee", "shape",
-    "flops_before", "flops_after", "calls", "exact_rows",
+    "verdict", "reason", "degree", "rank", "chunk", "gradient", "error", "worst_error", "relative_error",
+    "worst_relative_error", "guarantee", "shape", "flops_before", "flops_after", "calls", "audits", "audited_call",
+    "calls_since_audit", "exact_rows",
 )  # fmt: skip
+
+
+def _badness(state: SiteState) -> tuple[bool, float]:
+    """By which states are compared: an exact one before a low-rank one, then the largest error, NaN above all."""
+    error = state.error or 0.0
+    return state.verdict == "exact", math.inf if math.isnan(error) else error
 
 
 def _state_dict(state: SiteState) -> dict[str, Any]:
@@ -226,16 +259,17 @@ def _state_lines(state: SiteState, tolerance: float, label: str) -> list[str]:
     if state.flops_before:
         lines.append(f"    FLOPs {_count(state.flops_before)} → {_count(state.flops_after)}{_ratio(state)}")
     if state.error is not None:
+        worst = f" (worst {state.worst_error:.2e})" if state.audits > 1 else ""
         relative = f", relative {state.relative_error:.2e}" if state.relative_error is not None else ""
-        lines.append(f"    error {state.error:.2e} of {tolerance:g} allowed{relative}; guarantee: {_guarantee(state)}")
-    else:
-        lines.append(f"    guarantee: {_guarantee(state)}")
+        lines.append(f"    error of the last audit {state.error:.2e}{worst} of {tolerance:g} allowed{relative}")
+    lines.append(f"    guarantee: {_guarantee(state)}")
     return lines
 
 
 def _guarantee(state: SiteState) -> str:
     if state.guarantee == "audited":
-        return f"audited on sampled rows of one call out of {state.calls}; it does not bound every row"
+        times = "once" if state.audits == 1 else f"{state.audits} times"
+        return f"audited {times}, last at call {state.audited_call} of {state.calls}; it does not bound every row"
     return str(state.guarantee)
 
 

@@ -595,6 +595,16 @@ def test_near_miss(name: str) -> None:
     assert words in refused(function, qkv(2, 3))
 
 
+def test_what_is_thrown_away_does_not_count_as_a_use() -> None:
+    def function(q, k, v):
+        scores = q @ k.transpose(-2, -1)
+        weights = scores.softmax(-1)
+        scores.clone(), weights.mean(1)
+        return weights @ v
+
+    check(function, qkv(2, 3))
+
+
 def test_a_softmax_that_feeds_no_product_is_not_reported() -> None:
     compiled, found = compile_and_report(lambda x: (x.softmax(-1) * x).sum())
     compiled(torch.randn(3, 4))

@@ -83,4 +83,4 @@ def test_gradients_of_a_compiled_model_are_those_of_the_dense_polynomial(
             torch.testing.assert_close(found[name], p.grad, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
     report = polyattn.reports()[0]
     assert [site.verdict for site in report.sites] == ["low_rank", "low_rank"]
-    assert all(site.error is not None and 0 < site.error < site.tolerance for site in report.sites)
+    assert all(site.error is not None and 0 < site.error < 0.1 for site in report.sites)

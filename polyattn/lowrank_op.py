@@ -1,0 +1,150 @@
+"""Low-rank attention of a call's tensors: kernels over groups of heads, and exact attention for rows that need it.
+
+Tensors come as the operators hold them, [batch, heads, tokens, ·]; queries that share a key head are its groups. Rows
+whose low-rank denominator is not a positive finite number are computed exactly, forward and backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from polyattn.codegen import exact as dense
+from polyattn.codegen import target
+from polyattn.codegen.evaluate import block_length
+from polyattn.codegen.spec import KernelSpec
+from polyattn.passes.derive import exact
+from polyattn.passes.forms import softmax_form
+from polyattn.passes.kernels import kernels
+from polyattn.rewriter import features
+from polyattn.rewriter.lowrank import Approximation
+
+Grouped = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Queries [batch · kv_heads, groups, n_q, d], keys [batch · kv_heads, n_k, d], values [batch · kv_heads, n_k, e]."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How one call computes: what the plan fixes, and the call's scale and mask."""
+
+    scale: float
+    causal: bool
+    degree: int
+    gradient: str
+    chunk: int
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Of grouped tensors: the output, the denominators (−1 marks rows computed exactly), and how many such rows."""
+
+    out: torch.Tensor
+    denominators: torch.Tensor
+    exact_rows: int
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums over tensors of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Grouped:
+    """[batch, heads, tokens, ·] tensors by key head, in the accumulator's dtype."""
+    dtype = accumulator(q.dtype)
+    batch, kv = k.shape[0], k.shape[1]
+    queries = q.reshape(batch * kv, q.shape[1] // kv, q.shape[2], q.shape[3])
+    return (
+        queries.to(dtype),
+        k.reshape(batch * kv, *k.shape[2:]).to(dtype),
+        v.reshape(batch * kv, *v.shape[2:]).to(dtype),
+    )
+
+
+def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, setting: Setting) -> Forward:
+    """Low-rank attention of grouped tensors."""
+    made = kernels(setting.causal, setting.degree, setting.gradient)
+    result = _run(made.forward, {"Q": q, "K": k, "V": v}, setting)
+    out, denominators = result["O"], result["D"]
+    bad = ~(torch.isfinite(denominators) & (denominators > 0) & torch.isfinite(out).all(-1))
+    count = int(bad.sum())
+    if count:
+        for h, g in bad.any(-1).nonzero().tolist():
+            rows = bad[h, g].nonzero().squeeze(1)
+            out[h, g, rows] = dense.rows_forward(q[h, g, rows], k[h], v[h], rows, setting.scale, setting.causal)
+        denominators = denominators.masked_fill(bad, -1.0)
+    return Forward(out, denominators, count)
+
+
+def backward(
+    g: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    denominators: torch.Tensor,
+    setting: Setting,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients by q, k and v of [batch, heads, tokens, ·] tensors, grouped; None where ``needs`` says so.
+
+    Args:
+        g: gradient of the output.
+        out, denominators: what :func:`forward` returned, in the shapes of the operators.
+    """
+    qs, ks, vs = grouped(q, k, v)
+    gs, outs = g.reshape(*qs.shape[:-1], -1).to(qs.dtype), out.reshape(*qs.shape[:-1], -1).to(qs.dtype)
+    stats = denominators.reshape(qs.shape[:-1])
+    bad = stats <= 0
+    some = bool(bad.any())
+    low_q, low_g, low_o = (x.masked_fill(bad.unsqueeze(-1), 0.0) if some else x for x in (qs, gs, outs))
+    low_d = stats.masked_fill(bad, 1.0) if some else stats
+    wanted = tuple(name for name, need in zip(("dQ", "dK", "dV"), needs, strict=True) if need)
+    made = kernels(setting.causal, setting.degree, setting.gradient)
+    inputs = {"Q": low_q, "K": ks, "V": vs, "G": low_g, "O": low_o, "D": low_d}
+    result = _run(made.backward(wanted), inputs, setting)
+    if some:
+        result = _with_exact_rows(result, bad, (qs, ks, vs), gs, setting)
+    return result.get("dQ"), result.get("dK"), result.get("dV")
+
+
+def _with_exact_rows(
+    result: Mapping[str, torch.Tensor], bad: torch.Tensor, tensors: Grouped, g: torch.Tensor, setting: Setting
+) -> dict[str, torch.Tensor]:
+    """Low-rank gradients of the good rows, with the exact gradients of the bad ones."""
+    q, k, v = tensors
+    program = exact(softmax_form(setting.causal))
+    # Rows may be exact because a feature overflowed; then the low-rank part of the gradient is lost as well.
+    overflow = not all(bool(torch.isfinite(x).all()) for x in result.values())
+    total = {name: torch.zeros_like(x) if overflow else x for name, x in result.items()}
+    for h in range(q.shape[0]):
+        for group in range(q.shape[1]):
+            mask = torch.ones_like(bad[h, group]) if overflow else bad[h, group]
+            rows = mask.nonzero().squeeze(1)
+            if not len(rows):
+                continue
+            dq, dk, dv = dense.rows_backward(
+                program, q[h, group, rows], k[h], v[h], g[h, group, rows], rows, setting.scale, setting.causal
+            )
+            if "dQ" in total:
+                total["dQ"][h, group, rows] = dq
+            if "dK" in total:
+                total["dK"][h] += dk
+            if "dV" in total:
+                total["dV"][h] += dv
+    return total
+
+
+def _run(spec: KernelSpec, inputs: Mapping[str, torch.Tensor], setting: Setting) -> dict[str, torch.Tensor]:
+    """One specification over all heads, a group of heads at a time."""
+    heads, groups, _, d = inputs["Q"].shape
+    r = features.rank(d, setting.degree)
+    block = setting.chunk if setting.causal else block_length(r, groups)
+    step = min(heads, target.heads_at_once(inputs["Q"].device, groups, block * r))
+    scalars = {"s": setting.scale, **Approximation(setting.degree).values}
+    parts = []
+    for at in range(0, heads, step):
+        some = {name: x[at : at + step] for name, x in inputs.items()}
+        parts.append(target.run(spec, some, scalars, d, block))
+    return {name: torch.cat([p[name] for p in parts]) if len(parts) > 1 else parts[0][name] for name in parts[0]}
