@@ -179,17 +179,23 @@ def costs(shape: dict[str, int], causal: bool, degree: int, gradient: str, chunk
     return int(before.subs(values)) * heads, int(after.subs(values)) * heads
 
 
-def chunk_length(options: Options, d: int, degree: int) -> int:
-    """Tokens per chunk under a causal mask: near the rank, where near and far field cost the same (math.md §6)."""
+def chunk_length(options: Options, d: int, degree: int, device: str) -> int:
+    """Tokens per chunk under a causal mask.
+
+    The near field costs 4 C d per token, the far field does not depend on C: short chunks need fewer FLOPs, long ones
+    make larger matrix products. On a CPU a quarter of the rank, from 128 to 256, was fastest for head dims 16 to 64
+    (docs/performance.md); on a GPU, where every chunk leaves a state in memory, about the rank (math.md §6).
+    """
     if options.causal_chunk is not None:
         return options.causal_chunk
-    return min(512, max(64, 1 << (rank(d, degree) - 1).bit_length() >> 1))
+    below = 1 << (rank(d, degree) - 1).bit_length() >> 1
+    return min(256, max(128, below // 4)) if device == "cpu" else min(512, max(64, below))
 
 
-def decide(shape: dict[str, int], causal: bool, options: Options) -> SiteState:
+def decide(shape: dict[str, int], causal: bool, options: Options, device: str) -> SiteState:
     """The verdict by policy and cost; the audit comes after the first low-rank forward."""
     degree, gradient = options.resolved_degree, options.resolved_gradient
-    chunk = chunk_length(options, shape["d"], degree)
+    chunk = chunk_length(options, shape["d"], degree, device)
     before, after = costs(shape, causal, degree, gradient, chunk)
     symbolic = symbolic_costs(causal, degree, gradient)
     verdict: Literal["low_rank", "exact"] = "low_rank"

@@ -96,13 +96,13 @@ def _attention(
     opts = _options(options)
     accumulator = lowrank_op.accumulator(q.dtype)
     unused = torch.zeros(0, dtype=accumulator, device=q.device)
-    chunk = guard.chunk_length(opts, q.shape[-1], opts.resolved_degree)
+    chunk = guard.chunk_length(opts, q.shape[-1], opts.resolved_degree, q.device.type)
     plan = torch.tensor([0, opts.resolved_degree, int(opts.resolved_gradient == "substituted"), chunk])
     if q.numel() == 0 or k.numel() == 0:  # nothing to decide, and nothing that torch's kernel survives
         out, stat = q.new_zeros(*q.shape[:-1], v.shape[-1]), q.new_zeros(q.shape[:-1], dtype=accumulator)
         return out, stat, unused, plan
     where = guard.key(site, owners, options, causal, scale, q.shape[-1], v.shape[-1])
-    state = guard.find(where) or guard.keep(where, guard.decide(_shape(q, k, v), causal, opts))
+    state = guard.find(where) or guard.keep(where, guard.decide(_shape(q, k, v), causal, opts, q.device.type))
     ticket = state.enter(opts, q, k, v)
     setting = lowrank_op.Setting(scale, causal, opts.resolved_degree, opts.resolved_gradient, chunk)
     with torch.autocast(q.device.type, enabled=False):

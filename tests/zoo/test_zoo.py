@@ -1,0 +1,124 @@
+"""Every attention of real models is found, and what replaces it computes the same values and gradients."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+
+def _load(name: str) -> Any:
+    """A file of this folder as a module (it is no package, and ``sys.path`` stays as it is)."""
+    spec = importlib.util.spec_from_file_location(f"zoo_{name}", Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+models, run, count = _load("models"), _load("run"), _load("count")
+
+SHORT = [("bert", "eager", "inference"), ("llama, padded", "sdpa", "training"), ("t5", "eager", "training")]
+"""The rows of the default run."""
+
+REFUSED = {
+    "gemma2": "tanh",
+    "gemma2, padded": "tanh",
+    "vit-pytorch, deepvit (talking heads)": "heads|permuted",
+    "vit-pytorch, cait (talking heads)": "heads|permuted",
+    "timm, cait": "heads|permuted",
+    "nn.MultiheadAttention, weights": "used elsewhere",
+    "nn.MultiheadAttention, weights, padding": "used elsewhere",
+    "nn.MultiheadAttention, weights, attn_mask": "used elsewhere",
+}
+"""Models that are not softmax attention as torch's fused kernels know it, and what their refusals must say."""
+
+UNSEEN = {"nn.Transformer, without tgt_is_causal"}
+"""Models whose attention stock Dynamo puts into no graph."""
+
+
+def check(row: Any) -> None:
+    __tracebackhide__ = True
+    if row.model in REFUSED and row.refusals:
+        assert all(any(word in r["reason"] for word in REFUSED[row.model].split("|")) for r in row.refusals)
+        row.refusals, row.sites = [], row.sites + row.refused
+    if row.model in UNSEEN:
+        assert row.captured == 0
+        row.executed = 0
+    assert row.complete, run.table_row(row)
+
+
+@pytest.mark.timeout(300)
+def test_attention_of_a_few_models_is_found_and_equal() -> None:
+    pytest.importorskip("transformers")
+    rows = run.start(SHORT)
+    assert len(rows) == len(SHORT)
+    for row in rows:
+        check(row)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", list(models.ZOO))
+def test_every_attention_is_found_and_equal(name: str) -> None:
+    entry = models.ZOO[name]
+    if importlib.util.find_spec(entry.package) is None:
+        pytest.skip(f"{entry.package} is not installed: pip install -e '.[zoo]'")
+    rows = run.start(run.every_row(entry))
+    assert len(rows) == len(entry.implementations) * len(run.MODES)
+    for row in rows:
+        check(row)
+
+
+def executed(function: Any, *args: Any) -> int:
+    with count.AttentionCounter() as counter:
+        function(*args)
+    return int(counter.count)
+
+
+QKV = [torch.randn(1, 2, 5, 4, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("spelling", "number"),
+    [
+        (lambda q, k, v: F.scaled_dot_product_attention(q, k, v), 1),
+        (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=torch.zeros(5, 5, requires_grad=True)), 1),
+        (lambda q, k, v: (q @ k.mT).softmax(-1) @ v, 1),
+        (lambda q, k, v: torch.einsum("bhij,bhjd->bihd", (q @ k.mT).softmax(-1).to(torch.float64), v.double()), 1),
+        (lambda q, k, v: F.dropout((q @ k.mT).softmax(-1), 0.5) @ v, 1),
+        (lambda q, k, v: ((w := (q @ k.mT).softmax(-1)) @ v, w @ q), 1),
+        (lambda q, k, v: ((q @ k.mT).softmax(-1) @ v, (k @ q.mT).softmax(-1) @ v), 2),
+        (lambda q, k, v: (q @ k.mT).softmax(-1), 0),
+        (lambda q, k, v: (q * v.softmax(-2)[..., :1]) @ k.mT, 0),
+        (lambda q, k, v: (q @ k.mT).log_softmax(-1) @ v, 0),
+    ],
+    ids=[
+        "sdpa",
+        "sdpa in parts",
+        "by hand",
+        "einsum and cast",
+        "dropout",
+        "two products",
+        "two",
+        "none",
+        "gate",
+        "log",
+    ],
+)
+def test_the_count_from_outside(spelling: Any, number: int) -> None:
+    assert executed(spelling, *QKV) == number
+
+
+def test_the_comparison_sees_nan_and_scale() -> None:
+    wanted = torch.tensor([1.0, float("nan"), 4.0])
+    assert run.relative(wanted, wanted) == 0
+    assert run.relative(torch.tensor([1.0, 0.0, 4.0]), wanted) == float("inf")
+    assert run.relative(torch.tensor([2.0, float("nan"), 4.0]), wanted) == 0.25
