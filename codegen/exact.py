@@ -74,6 +74,8 @@ def rows_backward(
 
 
 def _pad(x: torch.Tensor, width: int) -> torch.Tensor:
+    """The head dim padded with zeros, and contiguous: torch's fused kernels read past the rows of anything else."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
     return x if x.shape[-1] == width else torch.nn.functional.pad(x, (0, width - x.shape[-1]))
 
 

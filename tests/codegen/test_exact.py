@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import polyattn
 from polyattn.codegen import fused_cuda
 
 CPU = torch.device("cpu")
@@ -31,6 +32,22 @@ def test_the_check_accepts_right_kernels_and_refuses_wrong_ones(causal: bool, mo
         assert fused_cuda.difference(CPU, torch.float32, causal) < 1e-5
     monkeypatch.setattr(fused_cuda, "backward", lambda *args: _cpu_backward(*args[:-1], not args[-1]))
     assert fused_cuda.difference(CPU, torch.float32, causal) > 1e-1
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_operands_whose_last_axis_is_not_contiguous(which: int) -> None:
+    """Torch's CPU kernel takes such tensors and returns garbage."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(2, 4, 16, 8, generator=generator, dtype=torch.float64) for _ in range(3)]
+    strided = [x.mT.contiguous().mT.requires_grad_() if at == which else x for at, x in enumerate(tensors)]
+    got = polyattn.attention(*strided, options={"policy": "exact"})
+    plain = [x.detach().clone().requires_grad_() for x in tensors]
+    want = torch.nn.functional.scaled_dot_product_attention(*plain)
+    torch.testing.assert_close(got, want)
+    weight = torch.randn(want.shape, generator=generator, dtype=torch.float64)
+    (made,) = torch.autograd.grad(got, [strided[which]], weight.mT.contiguous().mT)
+    (wanted,) = torch.autograd.grad(want, [plain[which]], weight)
+    torch.testing.assert_close(made, wanted)
 
 
 def test_shapes_of_the_gpu_kernels() -> None:
