@@ -16,11 +16,19 @@ def remove_dead(node: fx.Node) -> None:
         for user in list(candidate.users):
             if user.target is operator.getitem and not user.users:
                 candidate.graph.erase_node(user)
-        if candidate.users or candidate.op != "call_function" or candidate._erased or candidate.is_impure():
+        if candidate.users or candidate.op != "call_function" or candidate._erased or _effects(candidate):
             continue
         sources = list(candidate.all_input_nodes)
         candidate.graph.erase_node(candidate)
         stack.extend(sources)
+
+
+def _effects(node: fx.Node) -> bool:
+    """Whether a node must stay although nobody uses it. fx counts torch's attention among these for its dropout."""
+    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+        rate = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+        return bool(rate != 0.0)
+    return bool(node.is_impure())
 
 
 def drop_dead(graph: fx.Graph) -> None:

@@ -36,15 +36,18 @@ class SiteReport:
     """How the model writes it, for example ``softmax(q @ kᵀ * s) @ v``."""
     causal: bool
     mask: str
-    """``none`` or ``causal``."""
+    """``none``, ``causal``, or what else is added to or put in place of the scores."""
     scale: float
     compiled_shape: dict[str, int | str]
     """Sizes by name when compiled; symbolic ones as text."""
     options: Options
+    exact: str = ""
+    """Why the site was exact when it was compiled already; empty where that is decided when it runs."""
 
     @classmethod
     def of(cls, identifier: str, site: Site, options: Options) -> SiteReport:
-        return cls(identifier, site.where, site.spelling, site.causal, site.mask, site.scale, site.shape, options)
+        form = (site.where, site.spelling, site.causal, site.mask, site.scale, site.shape)
+        return cls(identifier, *form, options, site.exact)
 
     @property
     def states(self) -> tuple[SiteState, ...]:
@@ -64,11 +67,11 @@ class SiteReport:
     @property
     def verdict(self) -> str:
         """``low_rank``, ``exact`` or ``undecided`` (before the first run)."""
-        return str(self._of_worst("verdict", "undecided"))
+        return "exact" if self.exact else str(self._of_worst("verdict", "undecided"))
 
     @property
     def reason(self) -> str:
-        return str(self._of_worst("reason", UNDECIDED))
+        return self.exact or str(self._of_worst("reason", UNDECIDED))
 
     @property
     def degree(self) -> int | None:
@@ -129,7 +132,7 @@ class SiteReport:
     @property
     def guarantee(self) -> str:
         """``proved``, ``audited`` (on sampled rows of the audited calls), ``exact`` or ``none``."""
-        return str(self._of_worst("guarantee", "none"))
+        return "exact" if self.exact else str(self._of_worst("guarantee", "none"))
 
     @property
     def flops_before(self) -> int | None:
@@ -227,7 +230,9 @@ class SiteReport:
     def __str__(self) -> str:
         lines = [self.where, f"  {self.spelling}", f"  {self.shape_text}   scale={self.scale:.6g}   mask={self.mask}"]
         states = self.states
-        if not states:
+        if self.exact:
+            lines += textwrap.wrap(f"EXACT: {self.exact}", 110, initial_indent="  ", subsequent_indent="    ")
+        elif not states:
             lines.append(f"  undecided: {UNDECIDED}")
         for number, state in enumerate(states):
             lines.extend(_state_lines(state, self.tolerance, f"layer {number}: " if len(states) > 1 else ""))

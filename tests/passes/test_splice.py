@@ -44,6 +44,13 @@ def softmax_attention(q, k, v):
     ).softmax(-1) @ v
 
 
+def test_torchs_own_attention_is_not_computed_a_second_time() -> None:
+    q = torch.randn(2, 3, 8, 4)
+    gm = spliced(lambda q, k, v: F.scaled_dot_product_attention(q, k, v), q, q, q)
+    assert targets(gm).count(OP) == 1
+    assert torch.ops.aten.scaled_dot_product_attention.default not in targets(gm)
+
+
 def test_nothing_of_the_old_spelling_remains() -> None:
     q = torch.randn(2, 3, 8, 4)
     gm = spliced(softmax_attention, q, q, q)
