@@ -302,13 +302,14 @@ def show_errors(console: Console, chosen: argparse.Namespace, ours: dict[str, An
     allowed = ours["sites"][0]["tolerance"] if ours["sites"] else None
     console.print(
         "Worst of the sampled rows of one batch; error in units of the largest distance of a value from the mean "
-        f"value, relative to what is not mean pooling. The first call is audited, and {allowed} is allowed.",
+        f"value, relative to what is not mean pooling. {allowed} is allowed; the first call and every few after it are "
+        "audited.",
         highlight=False,
     )
     if above:
         console.print(
-            f"[bold]Trained through, but above that at the end: site {', '.join(above)}.[/bold] Low rank no longer "
-            "follows exact attention there, which the audit of the first call could not see.",
+            f"[bold]Low rank at the end, but above that: site {', '.join(above)}.[/bold] It no longer follows exact "
+            "attention there, which no audit has seen yet.",
             highlight=False,
         )
 

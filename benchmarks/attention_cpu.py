@@ -1,0 +1,101 @@
+"""Low-rank attention against torch's fused exact kernel on the CPU, forward and backward, by causal chunk length.
+
+Prints a Markdown table for docs/performance.md. Every row is behind a gate: the emitted code's output must equal that of
+``evaluate``, which gives a specification its meaning. Orders are interleaved; medians of five.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from polyattn import lowrank_op
+from polyattn.codegen import exact
+from polyattn.codegen.evaluate import Evaluation
+from polyattn.passes import derive
+from polyattn.passes.forms import softmax_form
+from polyattn.passes.kernels import kernels
+from polyattn.rewriter.lowrank import Approximation
+
+DEGREE, REPEATS = 2, 5
+SHAPES = (
+    (4, 4096, 16, True, (64, 128, 256)),
+    (4, 4096, 32, True, (64, 128, 256, 512)),
+    (4, 16384, 32, True, (64, 128, 256)),
+    (8, 4096, 64, True, (64, 128, 256)),
+    (4, 4096, 32, False, (0,)),
+    (4, 16384, 32, False, (0,)),
+)
+"""Heads, tokens, head dim, causal, chunk lengths."""
+
+
+def gate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, setting: lowrank_op.Setting) -> None:
+    """Raises AssertionError where the emitted code and ``evaluate`` differ on the first 600 tokens."""
+    qs, ks, vs = (x[..., :600, :] for x in lowrank_op.grouped(q, k, v))
+    made = lowrank_op.forward(qs, ks, vs, setting)
+    scalars = {"s": setting.scale, **Approximation(DEGREE).values}
+    spec = kernels(setting.causal, DEGREE, setting.gradient).forward
+    wanted = Evaluation(spec, {"Q": qs, "K": ks, "V": vs}, scalars, q.shape[-1], setting.chunk or 600).run()
+    torch.testing.assert_close(made.out, wanted["O"], rtol=1e-4, atol=1e-4)
+
+
+def timed(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def row(heads: int, n: int, d: int, causal: bool, chunks: tuple[int, ...]) -> list[str]:
+    """Milliseconds, forward / backward: exact, then low rank per chunk length."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, g = (torch.randn(1, heads, n, d, generator=generator) * 0.3 for _ in range(4))
+    scale = d**-0.5
+    program = derive.exact(softmax_form(causal))
+    times: dict[int, tuple[list[float], list[float]]] = {chunk: ([], []) for chunk in (-1, *chunks)}
+    settings = {c: lowrank_op.Setting(scale, causal, DEGREE, "consistent", c) for c in chunks}
+    for setting in settings.values():
+        gate(q, k, v, setting)
+    for repeat in range(REPEATS + 1):
+        for chunk, (forward, backward) in times.items():
+            if chunk == -1:
+                start = time.perf_counter()
+                out, lse = exact.forward(q, k, v, scale, causal)
+                first = time.perf_counter() - start
+                tensors = (q, k, v)
+                second = timed(lambda: exact.backward(program, g, tensors, out, lse, scale, causal))  # noqa: B023
+            else:
+                setting = settings[chunk]
+                start = time.perf_counter()
+                made = lowrank_op.forward(*lowrank_op.grouped(q, k, v), setting)
+                first = time.perf_counter() - start
+                out, stat = made.out.reshape(1, heads, n, d), made.denominators.reshape(1, heads, n)
+                needs = (True, True, True)
+                second = timed(lambda: lowrank_op.backward(g, q, k, v, out, stat, setting, needs))  # noqa: B023
+            if repeat:
+                forward.append(first)
+                backward.append(second)
+    cells = {c: f"{statistics.median(f) * 1e3:.0f} / {statistics.median(b) * 1e3:.0f}" for c, (f, b) in times.items()}
+    low = ", ".join(f"C = {c}: {cells[c]}" if causal else cells[c] for c in chunks)
+    return [str(heads), f"{n:,}", str(d), "causal" if causal else "none", cells[-1], low]
+
+
+def main() -> None:
+    """Print the table and what it was measured on."""
+    print(
+        f"{datetime.date.today()}, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
+        f"load average {os.getloadavg()[0]:.1f} before; Python {platform.python_version()}, torch {torch.__version__}; "
+        f"float32, degree {DEGREE}, consistent gradient. Milliseconds, forward / backward.\n"
+    )
+    print("| heads | tokens | head dim | mask | exact (torch's flash kernel) | low rank |\n|---|---|---|---|---|---|")
+    for shape in SHAPES:
+        print("| " + " | ".join(row(*shape)) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
