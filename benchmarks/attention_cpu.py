@@ -1,7 +1,7 @@
 """Low-rank attention against torch's fused exact kernel on the CPU, forward and backward, by causal chunk length.
 
-Prints a Markdown table for docs/performance.md. Every row is behind a gate: the emitted code's output must equal that of
-``evaluate``, which gives a specification its meaning. Orders are interleaved; medians of five.
+Prints a Markdown table for docs/performance.md. Every row is behind a gate: the emitted code must give what
+``evaluate`` gives, which defines what a specification means. Runs are interleaved; medians of five.
 """
 
 from __future__ import annotations
