@@ -287,6 +287,69 @@ def _masked_fill(node: fx.Node) -> Meaning:
     return pointwise(lambda x, m, v: cast(v if m else x, dtype), *(_offset_operand(value, node) for value in node.args))
 
 
+def _diff(node: fx.Node) -> Meaning:
+    """Differences of positions along their axis: 1 everywhere, where what is prepended continues the count."""
+    source = node.args[0]
+    value, prepend = meaning(source), argument(node, 3, "prepend")
+    if argument(node, 1, "n", 1) != 1 or argument(node, 4, "append") is not None:
+        raise Unprovable("diff of a higher order, or with something appended")
+    if not isinstance(value, Index):
+        raise Unprovable("diff of something that is not a position")
+    dim = int(argument(node, 2, "dim", -1))
+    axis = dim - _rank(source) if dim >= 0 else dim
+    slope = dict(value.coefficients).get(axis, 0)
+    if prepend is not None:
+        before = meaning(prepend)
+        rest = {a: c for a, c in value.coefficients if a != axis}
+        if not isinstance(before, Index) or not _is_one(prepend.meta["val"].shape[axis]):
+            raise Unprovable("diff with something prepended that is not one position")
+        if {a: c for a, c in before.coefficients if a != axis} != rest or value.constant - before.constant != slope:
+            raise Unprovable("diff with something prepended that does not continue the count")
+    return Step.constant(slope)
+
+
+def _cumsum(node: fx.Node) -> Meaning:
+    value = meaning(node.args[0])
+    if not isinstance(value, Step) or not value.is_constant or not isinstance(value.pieces[0][1], int):
+        raise Unprovable("cumsum of anything but one integer")
+    each = int(value.pieces[0][1])
+    if each == 0:
+        return Step.constant(cast(0, _dtype(node)))
+    dim = int(argument(node, 1, "dim"))
+    axis = dim - _rank(node) if dim >= 0 else dim
+    return Index(((axis, each),), each)
+
+
+def _indexed(node: fx.Node) -> Meaning:
+    """x[i, j, …] with a position for every axis: the positions take the places of the axes."""
+    source, indices = node.args[0], node.args[1]
+    value = meaning(source)
+    assert isinstance(indices, (list, tuple))
+    if isinstance(value, Step) and value.is_constant:
+        return value
+    rank = _rank(source)
+    if not isinstance(value, Index) or len(indices) != rank or any(index is None for index in indices):
+        raise Unprovable("the mask is indexed in a way that is not understood")
+    result = Index((), value.constant)
+    for axis, coefficient in value.coefficients:
+        position = _index(_operand(indices[rank + axis], node))
+        if position.constant < 0 or any(c < 0 for _, c in position.coefficients):
+            raise Unprovable("positions are indexed from the end")
+        scaled = Index(tuple((a, c * coefficient) for a, c in position.coefficients), position.constant * coefficient)
+        result = result.plus(scaled, 1)
+    return result
+
+
+def _literal(node: fx.Node) -> Meaning:
+    """torch.tensor of a number inside the model: tracing holds it as a constant of the graph, and copies it."""
+    source = node.args[0]
+    if isinstance(source, fx.Node) and source.op == "get_attr" and str(source.target).startswith("_tensor_constant"):
+        held = getattr(source.graph.owning_module, str(source.target), None)
+        if isinstance(held, torch.Tensor) and held.dim() == 0 and not held.is_complex():
+            return Step.constant(held.item())
+    return meaning(source)
+
+
 _aten = torch.ops.aten
 _HANDLERS: dict[Any, Callable[[fx.Node], Meaning]] = {
     _aten.ones: _filled(0, "", 1),
@@ -317,6 +380,11 @@ _HANDLERS: dict[Any, Callable[[fx.Node], Meaning]] = {
     _aten.contiguous: _same_meaning,
     _aten.alias: _same_meaning,
     _aten.detach: _same_meaning,
+    _aten.detach_: _same_meaning,
+    _aten.lift_fresh_copy: _literal,
+    _aten.diff: _diff,
+    _aten.cumsum: _cumsum,
+    _aten.index: _indexed,
     _aten.type_as: _same_meaning,
     _aten.add: _additive(1),
     _aten.sub: _additive(-1),

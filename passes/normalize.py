@@ -250,7 +250,7 @@ def mutated_arguments(node: fx.Node) -> list[fx.Node]:
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return []
     schema = node.target._schema
-    if not schema.is_mutable:
+    if not schema.is_mutable or node.target is torch.ops.aten.detach_.default:  # changes no value
         return []
     written: list[fx.Node] = []
     for position, argument in enumerate(schema.arguments):

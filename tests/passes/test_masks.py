@@ -31,6 +31,15 @@ def index(n: int) -> torch.Tensor:
     return torch.arange(n)
 
 
+def packed() -> torch.Tensor:
+    """Causal inside sequences that begin where positions jump; these positions never do."""
+    positions = torch.arange(M)[None].expand(2, -1)
+    sequence = (torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+    batch, i, j = torch.arange(2)[:, None, None, None], torch.arange(M)[None, None, :, None], torch.arange(M)
+    same = sequence[batch, i] == sequence[batch, j[None, None, None]]
+    return same.new_ones((), dtype=torch.bool) & same & (positions[batch, j[None, None, None]] <= positions[batch, i])
+
+
 GOOD: dict[str, Callable[[], torch.Tensor]] = {
     "ones": lambda: torch.ones(N, M),
     "tril": lambda: torch.ones(N, M).tril(),
@@ -58,6 +67,10 @@ GOOD: dict[str, Callable[[], torch.Tensor]] = {
     "arange_difference": lambda: (index(M)[None, :] - index(N)[:, None]) > 1,
     "arange_start": lambda: torch.arange(2, N + 2)[:, None] > index(M)[None, :],
     "zeros_like": lambda: torch.zeros_like(torch.ones(N, M)),
+    "packed": packed,
+    "counted": lambda: torch.ones(N, dtype=torch.long).cumsum(0)[:, None] >= index(M)[None, :],
+    "indexed": lambda: (index(N) + 1)[index(N)][:, None] > index(M)[None, :],
+    "literal": lambda: torch.where(torch.ones(N, M).tril() == 1, torch.zeros(()), torch.tensor(-3.0)),
     "integers": lambda: torch.ones(N, M, dtype=torch.long).tril() * 3,
 }
 
@@ -72,6 +85,8 @@ BAD: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
     "random": (lambda: torch.rand(N, M), "rand"),
     "one_row": (lambda: torch.ones(1, M).tril() * torch.ones(N, M), "broadcast along"),
     "cumsum": (lambda: torch.ones(N, M).cumsum(0), "cumsum"),
+    "diff_that_jumps": (lambda: torch.diff(index(M)[None], prepend=index(M)[None, :1] - 2) == 1, "continue the count"),
+    "indexed_from_the_end": (lambda: index(M)[index(N) - 1][:, None] > index(M)[None, :], "from the end"),
     "sums": (lambda: (index(N)[:, None] + index(M)[None, :]) > 3, "compare query positions"),
     "position": (lambda: index(M), "a position"),
     "step_two": (lambda: torch.arange(0, 2 * N, 2)[:, None] >= index(M)[None, :], "count up by one"),
