@@ -15,6 +15,7 @@ import torch
 import torch.fx as fx
 
 from polyattn.passes.dead import drop_dead
+from polyattn.passes.fused_layers import open_fused_layers
 from polyattn.passes.match import SOFTMAX, match
 from polyattn.passes.normalize import checkpoint_body, normalize
 from polyattn.passes.products import unify_products
@@ -53,6 +54,7 @@ def run(
     refusals: list[Refusal] = []
     for module, parameters in _graphs(normal, _parameters(normal, example_inputs)):
         drop_dead(module.graph)
+        open_fused_layers(module.graph)
         unify_softmaxes(module.graph)
         unify_products(module.graph, FLOWS, SOFTMAX)
         found = match(module.graph, parameters, first_index=len(sites), training=training)

@@ -98,7 +98,7 @@ def carry(node: fx.Node, source: fx.Node, what: str) -> bool:
     if kind in TRANSPOSE:
         swapped = axes.swaps_pair(node)
         if swapped is None:
-            raise NotAttention(f"the axes of the attention {what} are permuted", node)
+            raise NotAttention(f"the axes of the attention {what} are permuted, as where heads are mixed", node)
         return swapped
     if kind in REGROUP and not axes.keeps_pair(source, node):
         raise NotAttention(f"a view mixes the query and key axes of the attention {what}", node)

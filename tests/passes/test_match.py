@@ -670,10 +670,29 @@ def test_scale_of_a_dynamic_size_is_refused() -> None:
     assert "dynamic size" in found[0].refusals[0].reason
 
 
-def test_the_fused_encoder_layer_is_refused_with_the_way_out() -> None:
-    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True).eval()
-    compiled, found = compile_and_report(layer)
-    x = torch.randn(2, N, 16)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), layer(x))
-    assert "set_fastpath_enabled(False)" in found[0].refusals[0].reason
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_the_fused_encoder_layer_is_opened(norm_first: bool, activation: str) -> None:
+    """A second attention in the graph, which is replaced, makes the opened layer run."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layer = torch.nn.TransformerEncoderLayer(
+            16, 2, 32, 0.0, batch_first=True, norm_first=norm_first, activation=activation
+        ).eval()
+        x = torch.randn(2, N, 16)
+    padding = torch.zeros(2, N, dtype=torch.bool)
+    padding[0, 7:] = True
+    later = torch.ones(N, N, dtype=torch.bool).triu(1)
+    for given, mask in (({}, "none"), ({"src_key_padding_mask": padding}, "mask"), ({"src_mask": later}, "mask"),
+                        ({"src_key_padding_mask": padding, "src_mask": later}, "mask")):  # fmt: skip
+
+        def function(x, given=given):
+            x = layer(x, **given)
+            return (x @ x.transpose(-2, -1)).softmax(-1) @ x
+
+        compiled, found = compile_and_report(function)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), function(x), rtol=1e-5, atol=1e-5)
+        (report,) = found
+        assert not report.refusals, str(report)
+        assert [site.mask for site in report.sites] == [mask, "none"]
