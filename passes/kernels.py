@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import sympy
 
@@ -29,12 +29,17 @@ class Kernels:
     plan: Plan
     forward: KernelSpec
     saved: tuple[tuple[Node, Node], ...]
+    backwards: dict[tuple[str, ...], KernelSpec] = field(default_factory=dict, repr=False, compare=False)
+    """Those that have been asked for."""
 
     def backward(self, wanted: Sequence[str]) -> KernelSpec:
         """The backward for some of dQ, dK, dV: what is not wanted is not computed."""
-        known = dict(self.saved)
-        outputs = {name: substitute(self.plan.outputs[name], known) for name in wanted}
-        return schedule("backward", outputs, self.plan.near)
+        names = tuple(wanted)
+        if names not in self.backwards:
+            known = dict(self.saved)
+            outputs = {name: substitute(self.plan.outputs[name], known) for name in names}
+            self.backwards[names] = schedule("backward", outputs, self.plan.near)
+        return self.backwards[names]
 
     def cost(self) -> sympy.Expr:
         """FLOPs per head of what runs, forward and all of the backward: tiles that are computed again count again."""

@@ -29,6 +29,7 @@ from polyattn.passes.axes import CAST, NotAttention, packet, same_sizes, shape
 from polyattn.passes.bias import check as check_terms
 from polyattn.passes.bias import describe
 from polyattn.passes.context import Context
+from polyattn.passes.groups import ungroup
 from polyattn.passes.masks import argument
 from polyattn.passes.owners import is_paper_form, owners
 from polyattn.passes.scores import (
@@ -99,7 +100,7 @@ def match(graph: fx.Graph, parameters: Iterable[fx.Node] = (), first_index: int 
         except NotAttention as refusal:
             refusals.append(Refusal(str(refusal), refusal.node.name, where(node)))
         else:
-            sites.append(dataclasses.replace(site, index=first_index + len(sites)))
+            sites.append(dataclasses.replace(_grouped(site), index=first_index + len(sites)))
     return Matches(tuple(sites), tuple(refusals))
 
 
@@ -245,6 +246,18 @@ def _check_precision(softmax: fx.Node, product: fx.Node, path: list[fx.Node]) ->
 
 # ---------------------------------------------------------------------------------------------------------------------
 # shared
+
+
+def _grouped(site: Site) -> Site:
+    """The site with its keys and values before they were repeated for groups of queries."""
+    if site.exact or site.grouped or len(site.batch) != 2 or not same_sizes(site.q.batch, site.batch):
+        return site
+    found = ungroup(site.k, site.v) if same_sizes(site.score_batch, site.batch) else None
+    if found is None:
+        return site
+    k, v = found
+    kv_heads = named_shape(kv_heads=k.batch[-1])
+    return dataclasses.replace(site, k=k, v=v, grouped=True, shape={**site.shape, **kv_heads})
 
 
 def _site(

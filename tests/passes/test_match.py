@@ -670,6 +670,43 @@ def test_scale_of_a_dynamic_size_is_refused() -> None:
     assert "dynamic size" in found[0].refusals[0].reason
 
 
+def _expanded(x, repeats):
+    b, kv, n, d = x.shape
+    return x[:, :, None].expand(b, kv, repeats, n, d).reshape(b, kv * repeats, n, d)
+
+
+REPEATS: dict[str, Callable[..., Any]] = {
+    "expand": lambda q, k, v: (q @ _expanded(k, 3).transpose(2, 3)).softmax(-1) @ _expanded(v, 3),
+    "repeat_interleave": lambda q, k, v: (
+        (q @ k.repeat_interleave(3, dim=1).mT).softmax(-1) @ v.repeat_interleave(3, dim=1)
+    ),
+    "torch's own": lambda q, k, v: F.scaled_dot_product_attention(q, _expanded(k, 3), _expanded(v, 3)),
+    "causal": lambda q, k, v: F.scaled_dot_product_attention(q, _expanded(k, 3), _expanded(v, 3), is_causal=True),
+}
+NO_REPEATS: dict[str, Callable[..., Any]] = {
+    "tiled": lambda q, k, v: (q @ k.repeat(1, 3, 1, 1).mT).softmax(-1) @ v.repeat(1, 3, 1, 1),
+    "values otherwise": lambda q, k, v: (q @ _expanded(k, 3).mT).softmax(-1) @ v.repeat(1, 3, 1, 1),
+    "expanded before the heads": lambda q, k, v: (
+        (q @ k[:, None].expand(-1, 3, -1, -1, -1).reshape(2, 6, N, D).mT).softmax(-1)
+        @ v[:, None].expand(-1, 3, -1, -1, -1).reshape(2, 6, N, E)
+    ),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", [*REPEATS, *NO_REPEATS])
+def test_repeated_keys_are_grouped_queries(name: str, dynamic: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 6, N, D), (2, 2, N, D), (2, 2, N, E))
+    inputs = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
+    function = {**REPEATS, **NO_REPEATS}[name]
+    if dynamic and name not in REPEATS:
+        pytest.skip("literal sizes")
+    (site,) = check(function, inputs, dynamic=dynamic).sites
+    if not dynamic:
+        assert site.shape["kv_heads"] == (2 if name in REPEATS else 6)
+
+
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_the_fused_encoder_layer_is_opened(norm_first: bool, activation: str) -> None:
