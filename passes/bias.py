@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from polyattn.passes.axes import NotAttention, one, same_sizes, shape
+from polyattn.passes.axes import one, same_sizes, shape
 
 _aten = torch.ops.aten
 FILL = -1e4
@@ -44,18 +44,15 @@ class Term:
     causal: bool = False
 
 
-def check(terms: Sequence[Term], node: fx.Node) -> None:
-    """Refuse what no attn_mask can say.
-
-    Raises:
-        NotAttention: replaced scores that do not all take one value, or that are added to afterwards.
-    """
+def unsayable(terms: Sequence[Term]) -> str:
+    """Why no attn_mask means the same: replaced scores that do not all take one value, or are added to afterwards."""
     fills = {term.fill for term in terms if not term.added}
     if len(fills) > 1:
-        raise NotAttention(f"masks set scores to different values: {', '.join(map(str, sorted(fills)))}", node)
+        return f"masks set scores to different values ({', '.join(map(str, sorted(fills)))})"
     kinds = [term.added for term in terms]  # from the softmax back to the product
     if fills and any(kinds) and kinds != sorted(kinds):
-        raise NotAttention("something is added to scores that a mask has already replaced", node)
+        return "something is added to scores that a mask has already replaced"
+    return ""
 
 
 def describe(terms: Sequence[Term]) -> str:

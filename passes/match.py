@@ -26,8 +26,7 @@ import torch.fx as fx
 
 from polyattn.passes import axes
 from polyattn.passes.axes import CAST, NotAttention, packet, same_sizes, shape
-from polyattn.passes.bias import check as check_terms
-from polyattn.passes.bias import describe
+from polyattn.passes.bias import describe, unsayable
 from polyattn.passes.context import Context
 from polyattn.passes.groups import ungroup
 from polyattn.passes.masks import argument
@@ -177,12 +176,13 @@ def _match_softmax(context: Context, softmax: fx.Node) -> Site:
     if not same_sizes(tuple(shape(weights)[:-2]), batch):
         raise NotAttention("the attention weights are broadcast over the values", product)
     terms = () if all(term.causal for term in walk.terms) else tuple(walk.terms)
-    check_terms(terms, softmax)
+    stays = walk.left or unsayable(terms)
     mask = ("causal + " if terms and walk.causal else "") + describe([t for t in terms if not t.causal])
     mask = mask or ("causal" if walk.causal else "none")
     shown = "" if mask == "none" else " + causal mask" if mask == "causal" else f" + {mask}"
     spelling = "softmax(q @ kᵀ" + (" * s" if walk.scaled else "") + shown + ") @ v"
-    exact = f"no low-rank form for a {mask} that is not provably causal" if terms else ""
+    exact = f"{stays}; it stays as it was" if stays else ""
+    exact = exact or (f"no low-rank form for a {mask} that is not provably causal" if terms else "")
     exact = exact or (f"dropout with p={dropout} on the weights" if dropout else "")
     if is_paper_form(q.node, k.node, v.node):
         spelling = spelling.replace("q @ kᵀ", "X W Xᵀ").replace("@ v", "X W_V")
@@ -201,6 +201,8 @@ def _match_softmax(context: Context, softmax: fx.Node) -> Site:
         dropout=dropout,
         mask=mask,
         exact=exact,
+        kept=bool(stays),
+        scale=math.nan if walk.left else walk.scale,
     )
 
 

@@ -42,6 +42,7 @@ FLOWS = CARRIES | {
     _aten.masked_fill,
     _aten.where,
     _aten.slice,
+    _aten.tanh,
 }
 
 
@@ -57,6 +58,8 @@ class Walk:
     """Masks and biases, from the softmax back to the product; those that are provably causal are marked so."""
     factors: list[Term] = dataclasses.field(default_factory=list)
     """Tensors that scale whole rows of scores: they go to the queries."""
+    left: str = ""
+    """Why the attention, although it is one, must stay as it is written."""
 
 
 def walk_back(context: Context, softmax: fx.Node, walk: Walk, path: list[fx.Node]) -> fx.Node:
@@ -81,6 +84,9 @@ def walk_back(context: Context, softmax: fx.Node, walk: Walk, path: list[fx.Node
                 check_upcast(source, node)
             walk.key_last ^= carry(node, source, "scores")
             node = source
+        elif kind is _aten.tanh and isinstance(node.args[0], fx.Node):
+            walk.left = "the logits are capped by tanh, which neither a low-rank form nor torch's fused kernel has"
+            node = node.args[0]
         elif kind in (_aten.mul, _aten.div):
             node = _scale(node, walk)
         elif kind in (_aten.add, _aten.sub):

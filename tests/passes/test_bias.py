@@ -302,8 +302,7 @@ def test_torchs_own_dropout_stays_as_it_is() -> None:
     assert report.sites[0].verdict == "exact"
 
 
-MISSES: dict[str, tuple[Callable[..., Any], str]] = {
-    "finite fill": (lambda q, k, v, x: scores(q, k).masked_fill(x, -100.0).softmax(-1) @ v, "set to -100.0"),
+KEPT: dict[str, tuple[Callable[..., Any], str]] = {
     "different fills": (
         lambda q, k, v, x: scores(q, k).masked_fill(x, -1e9).masked_fill(x.flip(0), -INF).softmax(-1) @ v,
         "different values",
@@ -312,6 +311,30 @@ MISSES: dict[str, tuple[Callable[..., Any], str]] = {
         lambda q, k, v, x: (scores(q, k).masked_fill(x, -1e9) + x.double()).softmax(-1) @ v,
         "already replaced",
     ),
+    "capped logits": (lambda q, k, v, x: (torch.tanh(scores(q, k) / 5) * 5).softmax(-1) @ v, "capped by tanh"),
+    "capped logits and a mask": (
+        lambda q, k, v, x: (torch.tanh(scores(q, k) / 5) * 5).masked_fill(x, -INF).softmax(-1) @ v,
+        "capped by tanh",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_attention_that_stays_as_it_is_written(name: str) -> None:
+    function, words = KEPT[name]
+    inputs = [*qkv(), torch.ones(N, M, dtype=torch.bool).triu(1)]
+    got, report = run(function, inputs)
+    torch.testing.assert_close(got, function(*inputs), rtol=0, atol=0)
+    (site,) = report.sites
+    assert site.verdict == "exact"
+    assert words in site.reason
+    assert "stays as it was" in site.reason
+    assert not report.refusals
+    str(report)
+
+
+MISSES: dict[str, tuple[Callable[..., Any], str]] = {
+    "finite fill": (lambda q, k, v, x: scores(q, k).masked_fill(x, -100.0).softmax(-1) @ v, "set to -100.0"),
     "scores of another product": (
         lambda q, k, v, x: ((q @ k.transpose(-2, -1)) * (q @ k.transpose(-2, -1))).softmax(-1) @ v,
         "scaled by a tensor",

@@ -514,11 +514,6 @@ def shifted(q, k, v):
     return (q @ k.transpose(-2, -1) + 1.0).softmax(-1) @ v
 
 
-@miss("pass through tanh")
-def softcapped(q, k, v):
-    return ((q @ k.transpose(-2, -1)).tanh() * 5).softmax(-1) @ v
-
-
 @miss("weights are used elsewhere")
 def weights_also_returned(q, k, v):
     weights = (q @ k.transpose(-2, -1)).softmax(-1)
