@@ -29,8 +29,6 @@ SHORT = [("bert", "eager", "inference"), ("llama, padded", "sdpa", "training"), 
 """The rows of the default run."""
 
 REFUSED = {
-    "gemma2": "tanh",
-    "gemma2, padded": "tanh",
     "vit-pytorch, deepvit (talking heads)": "heads|permuted",
     "vit-pytorch, cait (talking heads)": "heads|permuted",
     "timm, cait": "heads|permuted",
