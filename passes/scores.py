@@ -213,8 +213,9 @@ def _filled(context: Context, node: fx.Node, walk: Walk) -> fx.Node:
         value = constant.pieces[0][1] if constant is not None and constant.is_constant else "a tensor"
     if not isinstance(scores, fx.Node):
         raise NotAttention("where() does not choose between the scores and a number", node)
-    if not isinstance(value, (int, float)) or not value <= FILL:
-        raise NotAttention(f"scores are set to {value}: that replaces them, it does not mask them", node)
+    if not isinstance(value, (int, float)) or not value <= _least(walk):
+        scaled = f" and multiplied by {walk.scale}" if walk.scale != 1 else ""
+        raise NotAttention(f"scores are set to {value}{scaled}: that replaces them, it does not mask them", node)
     if not isinstance(mask, fx.Node) or mask.meta["val"].dtype != torch.bool:
         kind = mask.meta["val"].dtype if isinstance(mask, fx.Node) else type(mask).__name__
         raise NotAttention(f"the mask is {kind}, not bool", node)
@@ -228,9 +229,14 @@ def _proved(
 ) -> bool | None:
     """True: causal; False: it hides nothing; None: anything else, or not provable."""
     try:
-        return causal_mask(context, mask, tuple(shape(scores)[-2:]), walk.key_last, keep, drop, node)
+        return causal_mask(context, mask, tuple(shape(scores)[-2:]), walk.key_last, keep, drop, node, _least(walk))
     except NotAttention:
         return None
+
+
+def _least(walk: Walk) -> float:
+    """What masks a score here: FILL, once the scales that follow have been applied."""
+    return FILL / walk.scale if walk.scale > 0 else FILL
 
 
 def _keep(walk: Walk, node: fx.Node, scores: fx.Node, other: fx.Node, causal: bool | None, **how: Any) -> None:
@@ -248,11 +254,18 @@ def _keep(walk: Walk, node: fx.Node, scores: fx.Node, other: fx.Node, causal: bo
 
 
 def causal_mask(
-    context: Context, mask: Any, pair: tuple[Any, ...], key_last: bool, keep: Any, drop: Any, node: fx.Node
+    context: Context,
+    mask: Any,
+    pair: tuple[Any, ...],
+    key_last: bool,
+    keep: Any,
+    drop: Any,
+    node: fx.Node,
+    least: float = -math.inf,
 ) -> bool:
     """True: the mask is causal; False: it hides nothing. Anything else is refused.
 
-    ``drop`` None stands for any number that masks an added score, -inf or at most FILL.
+    ``drop`` None stands for any number up to ``least``: added to a score it masks it.
     """
     try:
         value = masks.step(mask)
@@ -264,8 +277,8 @@ def causal_mask(
     if not value.is_constant and not (isinstance(mask, fx.Node) and same_sizes(shape(mask)[-2:], pair)):
         raise NotAttention("the mask is broadcast along its query or key axis", node)
     if drop is None:
-        least = min((v for _, v in value.pieces if not isinstance(v, bool)), default=0.0)
-        drop = least if least <= FILL else -math.inf
+        lowest = min((v for _, v in value.pieces if not isinstance(v, bool)), default=0.0)
+        drop = lowest if lowest <= least else -math.inf
     verdict = masks.causal(value if key_last else value.transposed(), keep=keep, drop=drop)
     if verdict is None:
         raise NotAttention(f"the mask is not causal: {masks.describe(value)}", node)

@@ -142,6 +142,11 @@ MASKS: dict[str, tuple[Callable[..., Any], Callable[[], list[torch.Tensor]], str
         lambda: [*qkv(), rand(H, N, M)],
         "bias",
     ),
+    "causal and finite, made small by a scale": (
+        lambda q, k, v: ((q @ k.mT + torch.full((N, M), -1e4, dtype=q.dtype).triu(1)) * 1e-3).softmax(-1) @ v,
+        qkv,
+        "bias",
+    ),
     "bias of the keys only": (
         lambda q, k, v, bias: (bias + scores(q, k)).softmax(-1) @ v,
         lambda: [*qkv(), rand(M)],

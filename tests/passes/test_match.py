@@ -494,6 +494,12 @@ def masked_with_minus_one(q, k, v):
     return (q @ k.transpose(-2, -1)).masked_fill(torch.ones(N, N).tril() == 0, -1.0).softmax(-1) @ v
 
 
+@miss("set to -10000.0 and multiplied by 0.001")
+def masked_with_a_number_that_a_scale_makes_small(q, k, v):
+    scores = (q @ k.transpose(-2, -1)).masked_fill(torch.ones(N, N).tril() == 0, -1e4)
+    return (scores * 1e-3).softmax(-1) @ v
+
+
 @miss("torch.int64 is added")
 def integer_mask(q, k, v):
     return (q @ k.transpose(-2, -1) + torch.ones(N, N, dtype=torch.long).tril()).softmax(-1) @ v
