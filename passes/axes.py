@@ -7,6 +7,7 @@ exchange the last two. Everything else has no meaning here.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -98,3 +99,19 @@ def broadcast(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...] | None:
         else:
             return None
     return tuple(result)
+
+
+def reaches(node: fx.Node, through: Set[Any], targets: Set[Any], forward: bool = True) -> bool:
+    """Whether an operator of ``targets`` lies behind a node (or before it), past operators of ``through`` only."""
+    seen: set[fx.Node] = set()
+    stack = list(node.users) if forward else list(node.all_input_nodes)
+    while stack:
+        other = stack.pop()
+        if other in seen:
+            continue
+        seen.add(other)
+        if packet(other) in targets:
+            return True
+        if packet(other) in through:
+            stack.extend(other.users if forward else other.all_input_nodes)
+    return False

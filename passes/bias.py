@@ -20,6 +20,7 @@ import torch
 import torch.fx as fx
 
 from polyattn.passes.axes import one, same_sizes, shape
+from polyattn.passes.writer import SizedWriter
 
 _aten = torch.ops.aten
 FILL = -1e4
@@ -65,11 +66,10 @@ def describe(terms: Sequence[Term]) -> str:
     return " + ".join(words)
 
 
-def attn_mask(write: Any, terms: Sequence[Term], batch: tuple[Any, ...]) -> tuple[fx.Node, bool]:
+def attn_mask(write: SizedWriter, terms: Sequence[Term], batch: tuple[Any, ...]) -> tuple[fx.Node, bool]:
     """The mask of a site in its graph, with at most four axes [B, H, n_q, n_k], and whether it is bool (True: kept).
 
     Args:
-        write: adds calls and finds sizes (:mod:`polyattn.passes.splice`).
         batch: leading axes of the output.
     """
     placed = [(place(write, term, batch), term) for term in terms]
@@ -92,7 +92,7 @@ def attn_mask(write: Any, terms: Sequence[Term], batch: tuple[Any, ...]) -> tupl
     return total, False
 
 
-def place(write: Any, term: Term, batch: tuple[Any, ...]) -> fx.Node:
+def place(write: SizedWriter, term: Term, batch: tuple[Any, ...]) -> fx.Node:
     """A term's tensor as [B, H, n_q, n_k], or what broadcasts to it; the batch is folded as splicing folds it."""
     node, sizes = term.node, list(shape(term.node))
     while len(sizes) < 2:
@@ -104,11 +104,4 @@ def place(write: Any, term: Term, batch: tuple[Any, ...]) -> fx.Node:
         return node if len(lead) <= 2 else write.call(_aten.reshape.default, node, [1, 1, *write.sizes(pair)])
     if len(batch) == 2 and same_sizes(term.batch, batch):
         return node
-    for _ in range(len(term.batch) - len(lead)):
-        node, lead = write.call(_aten.unsqueeze.default, node, 0), [1, *lead]
-    wide = [-1 if same_sizes([mine], [size]) else write.size(size)
-            for mine, size in zip(lead, term.batch, strict=True)]  # fmt: skip
-    node = write.call(_aten.expand.default, node, [*wide, -1, -1])
-    folded = [*batch, *[1] * (2 - len(batch))] if len(batch) <= 2 else [-1, batch[-1]]
-    made: fx.Node = write.call(_aten.reshape.default, node, [*write.sizes(folded), *write.sizes(pair)])
-    return made
+    return write.fold(write.spread(node, lead, term.batch), batch, pair)

@@ -12,7 +12,7 @@ import torch
 import torch.fx as fx
 
 from polyattn.passes.axes import packet
-from polyattn.passes.products import Writer
+from polyattn.passes.writer import ValuedWriter
 
 _aten = torch.ops.aten
 PADDING = 1
@@ -38,7 +38,7 @@ def _encoder_layer(node: fx.Node) -> None:
     mask, mask_type = given.get("mask"), given.get("mask_type")
     if mask is not None and mask_type not in MASK_TYPES:
         return
-    write = Writer(node)
+    write = ValuedWriter(node)
     norm_first, eps, width = given["norm_first"], given["eps"], given["embed_dim"]
 
     def norm(x: fx.Node, which: int) -> fx.Node:
@@ -57,7 +57,7 @@ def _encoder_layer(node: fx.Node) -> None:
     write.replace(x if norm_first else norm(x, 2))
 
 
-def _attention(write: Writer, x: fx.Node, given: dict[str, Any], mask: Any, mask_type: Any) -> fx.Node:
+def _attention(write: ValuedWriter, x: fx.Node, given: dict[str, Any], mask: Any, mask_type: Any) -> fx.Node:
     """Multi-head self-attention of [batch, tokens, width] as torch's operators."""
     width, heads = given["embed_dim"], given["num_heads"]
     packed = write.call(_aten.linear.default, x, given["qkv_weight"], given["qkv_bias"])

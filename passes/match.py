@@ -25,7 +25,7 @@ import torch
 import torch.fx as fx
 
 from polyattn.passes import axes
-from polyattn.passes.axes import CAST, NotAttention, packet, same_sizes, shape
+from polyattn.passes.axes import CAST, NotAttention, packet, reaches, same_sizes, shape
 from polyattn.passes.bias import describe, unsayable
 from polyattn.passes.context import Context
 from polyattn.passes.groups import ungroup
@@ -90,7 +90,7 @@ def match(graph: fx.Graph, parameters: Iterable[fx.Node] = (), first_index: int 
                 )
             if kind is SDPA:
                 site = _match_sdpa(context, node)
-            elif kind in SOFTMAX and _feeds_product(node):
+            elif kind in SOFTMAX and reaches(node, FLOWS, PRODUCT | OTHER_PRODUCTS):
                 site = _match_softmax(context, node)
                 if training and any(term.added for term in site.terms):
                     site = dataclasses.replace(site, exact=f"{site.exact}; {_ADDED}", kept=True)
@@ -334,20 +334,3 @@ def _operands(product: fx.Node) -> tuple[fx.Node, fx.Node]:
     if len(shape(left)) < 2 or len(shape(right)) < 2:
         raise NotAttention("one side of the product is a vector", product)
     return left, right
-
-
-def _feeds_product(softmax: fx.Node) -> bool:
-    """Whether the softmax reaches a contraction through operators that carry it."""
-    seen: set[fx.Node] = set()
-    stack = list(softmax.users)
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        kind = packet(node)
-        if kind in PRODUCT or kind in OTHER_PRODUCTS:
-            return True
-        if kind in FLOWS:
-            stack.extend(node.users)
-    return False

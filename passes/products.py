@@ -9,21 +9,20 @@ touched; an equation with a sum inside one operand, a diagonal, or more than one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
-import torch.fx as fx
+from torch import fx
 
-from polyattn.passes.axes import packet
-from polyattn.passes.dead import remove_dead
+from polyattn.passes.axes import packet, reaches
 from polyattn.passes.masks import argument
+from polyattn.passes.writer import ValuedWriter
 
 _aten = torch.ops.aten
-_KEPT = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "seq_nr", "custom", "recompute")
 
 
-def unify_products(graph: fx.Graph, carries: frozenset[Any] | set[Any], softmax: set[Any]) -> None:
+def unify_products(graph: fx.Graph, carries: Set[Any], softmax: Set[Any]) -> None:
     """Rewrite the products near every softmax of a normalised graph.
 
     Args:
@@ -34,8 +33,8 @@ def unify_products(graph: fx.Graph, carries: frozenset[Any] | set[Any], softmax:
         kind = packet(node)
         if kind not in (_aten.einsum, _aten.baddbmm):
             continue
-        makes_scores = _reaches(node, carries, softmax, forward=True)
-        if not makes_scores and not _reaches(node, carries, softmax, forward=False):
+        makes_scores = reaches(node, carries, softmax)
+        if not makes_scores and not reaches(node, carries, softmax, forward=False):
             continue
         if kind is _aten.baddbmm:
             _baddbmm(node)
@@ -43,52 +42,11 @@ def unify_products(graph: fx.Graph, carries: frozenset[Any] | set[Any], softmax:
             _einsum(node, makes_scores)
 
 
-def _reaches(node: fx.Node, carries: frozenset[Any] | set[Any], softmax: set[Any], forward: bool) -> bool:
-    """Whether a softmax lies behind this node, or before one of its operands."""
-    seen: set[fx.Node] = set()
-    stack = list(node.users) if forward else list(node.all_input_nodes)
-    while stack:
-        other = stack.pop()
-        if other in seen:
-            continue
-        seen.add(other)
-        if packet(other) in softmax:
-            return True
-        if packet(other) in carries:
-            stack.extend(other.users if forward else other.all_input_nodes)
-    return False
-
-
-class Writer:
-    """Adds calls before a node, with its source line and with the fake value of each."""
-
-    def __init__(self, node: fx.Node) -> None:
-        self.node = node
-        self.meta = {key: node.meta[key] for key in _KEPT if key in node.meta}
-
-    def call(self, target: Any, *args: Any) -> fx.Node:
-        with self.node.graph.inserting_before(self.node):
-            made = self.node.graph.call_function(target, args)
-        values = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
-        mode = self.node.meta["val"].fake_mode
-        with mode, torch.no_grad():
-            made.meta.update(self.meta, val=target(*values))
-        return made
-
-    def permute(self, node: fx.Node, order: Sequence[int]) -> fx.Node:
-        return node if list(order) == list(range(len(order))) else self.call(_aten.permute.default, node, list(order))
-
-    def replace(self, made: fx.Node) -> None:
-        """Put a new node in the place of this one; what only it used goes as well."""
-        self.node.replace_all_uses_with(made)
-        remove_dead(self.node)
-
-
 def _baddbmm(node: fx.Node) -> None:
     beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
     if not all(isinstance(c, (int, float)) for c in (beta, alpha)):
         return
-    write = Writer(node)
+    write = ValuedWriter(node)
     made = write.call(_aten.matmul.default, node.args[1], node.args[2])
     if alpha != 1:
         made = write.call(_aten.mul.Tensor, made, alpha)
@@ -146,7 +104,7 @@ def _einsum(node: fx.Node, makes_scores: bool) -> None:
         return
     row, column = rows[-1], columns[-1]
     batch = [x for x in result if x not in (row, column)]
-    write = Writer(node)
+    write = ValuedWriter(node)
     left = _arrange(write, a, first, [*batch, row, summed[0]])
     right = _arrange(write, b, second, [*batch, summed[0], column])
     made = write.call(_aten.matmul.default, left, right)
@@ -154,7 +112,7 @@ def _einsum(node: fx.Node, makes_scores: bool) -> None:
     write.replace(write.permute(made, [order.index(x) for x in result]))
 
 
-def _arrange(write: Writer, node: fx.Node, have: list[str], want: list[str]) -> fx.Node:
+def _arrange(write: ValuedWriter, node: fx.Node, have: list[str], want: list[str]) -> fx.Node:
     """The operand with its axes in a given order, size 1 where it lacks one."""
     present = [x for x in want if x in have]
     made = write.permute(node, [have.index(x) for x in present])

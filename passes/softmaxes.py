@@ -14,9 +14,10 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from polyattn.passes.axes import packet
+from polyattn.passes.axes import packet, reaches
 from polyattn.passes.masks import argument
-from polyattn.passes.products import Writer
+from polyattn.passes.scores import FLOWS, OTHER_PRODUCTS, PRODUCT
+from polyattn.passes.writer import ValuedWriter
 
 _aten = torch.ops.aten
 _MAXIMA = {_aten.amax, _aten.max}
@@ -43,10 +44,12 @@ def _exponential(e: fx.Node) -> None:
     user = others[0]
     rank = e.meta["val"].ndim
     if packet(user) is _aten.div and user.args[0] is e and user.args[1] is total and len(user.args) == 2:
-        write = Writer(user)
+        if not reaches(user, FLOWS, PRODUCT | OTHER_PRODUCTS):
+            return
+        write = ValuedWriter(user)
         write.replace(write.call(_aten.softmax.int, _argument(e, dim), dim))
         return
-    if packet(user) not in (_aten.matmul, _aten.bmm, _aten.mm) or user.args[0] is not e or dim != rank - 1:
+    if packet(user) not in PRODUCT or user.args[0] is not e or dim != rank - 1:
         return
     # The weights are normalised after they have met the values.
     if len(user.users) != 1:
@@ -56,9 +59,9 @@ def _exponential(e: fx.Node) -> None:
         return
     if len(quotient.args) != 2 or quotient.kwargs.get("rounding_mode") is not None:
         return
-    write = Writer(quotient)
+    write = ValuedWriter(quotient)
     weights = write.call(_aten.softmax.int, _argument(e, dim), dim)
-    write.replace(write.call(user.target, weights, user.args[1]))
+    write.replace(write.call(_aten.matmul.default, weights, user.args[1]))
 
 
 def _kept_axis(total: fx.Node) -> tuple[fx.Node, int] | None:

@@ -10,68 +10,18 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.fx as fx
 
-from polyattn.errors import PolyattnError
 from polyattn.passes.axes import packet, same_sizes
 from polyattn.passes.bias import attn_mask, place
-from polyattn.passes.dead import remove_dead
 from polyattn.passes.site import Operand, Site
+from polyattn.passes.writer import SizedWriter
 
 _aten = torch.ops.aten
-_META = (
-    "stack_trace",
-    "nn_module_stack",
-    "source_fn_stack",
-    "from_node",
-    "seq_nr",
-    "custom",
-    "recompute",
-    "ac_graph_id",
-)
-
-
-class SpliceError(PolyattnError):
-    """The sizes of a site cannot be expressed in its graph."""
-
-
-class _Writer:
-    """Adds calls before the site's output, with that node's source line, and finds sizes without specialising them."""
-
-    def __init__(self, site: Site) -> None:
-        self.site = site
-        self.graph = site.out.graph
-        self.meta = {key: site.out.meta[key] for key in _META if key in site.out.meta}
-
-    def call(self, target: Callable[..., Any], *args: Any) -> fx.Node:
-        with self.graph.inserting_before(self.site.out):
-            node = self.graph.call_function(target, args)
-        node.meta.update(self.meta)
-        return node
-
-    def size(self, size: Any) -> Any:
-        """A number where the size is static, else a node that has it, else None."""
-        if isinstance(size, int):
-            return size
-        for node in self.graph.find_nodes(op="placeholder"):
-            if isinstance(node.meta.get("val"), torch.SymInt) and same_sizes([node.meta["val"]], [size]):
-                return node
-        for operand in (self.site.q, self.site.k, self.site.v):
-            for axis, mine in enumerate(operand.value.shape):
-                if same_sizes([mine], [size]):
-                    return self.call(_aten.sym_size.int, operand.node, axis)
-        return None
-
-    def sizes(self, sizes: Sequence[Any]) -> list[Any]:
-        """Arguments of a reshape to these sizes; at most one of them may have no name in the graph (it becomes -1)."""
-        found = [self.size(size) for size in sizes]
-        if found.count(None) > 1:
-            raise SpliceError(f"the sizes {tuple(map(str, sizes))} are not available in the graph")
-        return [-1 if size is None else size for size in found]
 
 
 def splice(site: Site, op: Callable[..., Any], identifier: str, options: str, version: str) -> fx.Node:
@@ -88,7 +38,7 @@ def splice(site: Site, op: Callable[..., Any], identifier: str, options: str, ve
     Raises:
         SpliceError: two or more symbolic sizes have no name in the graph.
     """
-    write = _Writer(site)
+    write = SizedWriter(site.out, (site.q.node, site.k.node, site.v.node))
     q, k, v = _operands(write, site)
     call = write.call(op, q, k, v, list(site.owners), site.scale, site.causal, identifier, options, version)
     _replace(write, site, write.call(operator.getitem, call, 0))
@@ -101,7 +51,7 @@ def splice_exact(site: Site) -> fx.Node:
     Raises:
         SpliceError: as :func:`splice`.
     """
-    write = _Writer(site)
+    write = SizedWriter(site.out, (site.q.node, site.k.node, site.v.node))
     q, k, v = _operands(write, site)
     mask, boolean = attn_mask(write, site.terms, site.batch) if site.terms else (None, False)
     given = mask
@@ -125,7 +75,7 @@ def splice_exact(site: Site) -> fx.Node:
     return call
 
 
-def _operands(write: _Writer, site: Site) -> tuple[fx.Node, fx.Node, fx.Node]:
+def _operands(write: SizedWriter, site: Site) -> tuple[fx.Node, fx.Node, fx.Node]:
     """q, k and v as [B, H, tokens, features]."""
     serving = site.k.batch if site.grouped else site.batch
     q = _four(write, site.q, site.score_batch, site.batch, site.cast)
@@ -139,7 +89,7 @@ def _operands(write: _Writer, site: Site) -> tuple[fx.Node, fx.Node, fx.Node]:
     )
 
 
-def _replace(write: _Writer, site: Site, result: fx.Node) -> None:
+def _replace(write: SizedWriter, site: Site, result: fx.Node) -> None:
     """The result [B, H, n_q, e] in the shape of the site's output, and in its place."""
     if site.out_transposed:
         result = write.call(_aten.transpose.int, result, -2, -1)
@@ -150,12 +100,11 @@ def _replace(write: _Writer, site: Site, result: fx.Node) -> None:
     if not site.out.meta["val"].is_contiguous():
         _relax_views(site.out)
     result.meta.update(val=site.out.meta["val"])
-    site.out.replace_all_uses_with(result)
-    remove_dead(site.out)
+    write.replace(result)
 
 
 def _four(
-    write: _Writer, operand: Operand, spread: tuple[Any, ...], batch: tuple[Any, ...], cast: torch.dtype | None
+    write: SizedWriter, operand: Operand, spread: tuple[Any, ...], batch: tuple[Any, ...], cast: torch.dtype | None
 ) -> fx.Node:
     """An operand as [B, H, tokens, features]: broadcast to the axes ``spread``, regrouped to ``batch``, folded to
     two."""
@@ -165,20 +114,10 @@ def _four(
     if operand.transposed:
         node = write.call(_aten.transpose.int, node, -2, -1)
     if not same_sizes(operand.batch, spread):
-        missing = len(spread) - len(operand.batch)
-        own = [None] * missing + list(operand.batch)
-        wide = [-1 if mine is not None and same_sizes([mine], [size]) else write.size(size)
-                for mine, size in zip(own, spread, strict=True)]  # fmt: skip
-        if None in wide:
-            raise SpliceError(f"the size of the batch axes {tuple(map(str, spread))} is not available in the graph")
-        node = write.call(_aten.expand.default, node, [*wide, -1, -1])
+        node = write.spread(node, operand.batch, spread)
     if len(spread) == 2 and same_sizes(spread, batch):
         return node
-    pair = [operand.tokens, operand.features]
-    if len(batch) <= 2:
-        lead = [*batch, *([1] * (2 - len(batch)))]
-        return write.call(_aten.reshape.default, node, write.sizes([*lead, *pair]))
-    return write.call(_aten.reshape.default, node, [-1, *write.sizes([batch[-1], *pair])])
+    return write.fold(node, batch, [operand.tokens, operand.features])
 
 
 _VIEWS = {_aten.view, _aten.transpose, _aten.permute, _aten.unsqueeze, _aten.squeeze, _aten.t, _aten.mT}
