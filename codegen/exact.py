@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from polyattn.codegen import fused_cuda
+from polyattn.codegen import fused
 from polyattn.rewriter.expr import Map, Program, Tensor
 from polyattn.rewriter.interpret import Interpreter
 
@@ -79,10 +79,10 @@ def _pad(x: torch.Tensor, width: int) -> torch.Tensor:
     return x if x.shape[-1] == width else torch.nn.functional.pad(x, (0, width - x.shape[-1]))
 
 
-def _width(q: torch.Tensor, v: torch.Tensor) -> int:
-    """Head dims of q and v in one; a multiple of 8 for the GPU's kernels."""
+def _width(q: torch.Tensor, v: torch.Tensor, kernel: fused.Fused) -> int:
+    """Head dims of q and v in one, as the kernel takes them."""
     wide = max(q.shape[-1], v.shape[-1])
-    return -(-wide // 8) * 8 if q.device.type == "cuda" else wide
+    return -(-wide // kernel.multiple) * kernel.multiple
 
 
 def _spread(x: torch.Tensor, heads: int) -> torch.Tensor:
@@ -90,23 +90,17 @@ def _spread(x: torch.Tensor, heads: int) -> torch.Tensor:
     return x if groups == 1 else x.repeat_interleave(groups, dim=1)
 
 
-def fused(q: torch.Tensor) -> bool:
-    """Whether torch's fused CPU kernel takes these tensors (:mod:`fused_cuda` knows of the GPU's)."""
-    return q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Exact attention of [B, H, n, ·] tensors: output and log-sum-exp [B, H, n_q] (zeros without torch's kernels)."""
     heads, e = q.shape[1], v.shape[-1]
-    if fused(q) or fused_cuda.agrees(q):
-        wide = _width(q, v)
-        args = (_pad(q, wide), _pad(_spread(k, heads), wide), _pad(_spread(v, heads), wide))
-        if q.device.type == "cuda":
-            out, lse = fused_cuda.forward(*args, scale, causal)
-        else:
-            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, 0.0, causal, scale=scale)
+    kernel = fused.kernel_for(q)
+    if kernel is not None:
+        wide = _width(q, v, kernel)
+        out, lse = kernel.forward(
+            _pad(q, wide), _pad(_spread(k, heads), wide), _pad(_spread(v, heads), wide), scale, causal
+        )
         return out[..., :e].contiguous(), lse.contiguous()
     groups = heads // k.shape[1]
     rows = torch.arange(q.shape[2], device=q.device)
@@ -130,15 +124,11 @@ def backward(
     q, k, v = tensors
     heads, d, e = q.shape[1], q.shape[-1], v.shape[-1]
     groups = heads // k.shape[1]
-    if fused(q) or fused_cuda.agrees(q):
-        wide = _width(q, v)
+    kernel = fused.kernel_for(q)
+    if kernel is not None:
+        wide = _width(q, v, kernel)
         full = [_pad(x, wide) for x in (g, q, _spread(k, heads), _spread(v, heads), out)]
-        if q.device.type == "cuda":
-            dq, dk, dv = fused_cuda.backward(full[0], full[1], full[2], full[3], full[4], lse, scale, causal)
-        else:
-            dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *full, lse.to(torch.float64 if q.dtype == torch.float64 else torch.float32), 0.0, causal, scale=scale
-            )
+        dq, dk, dv = kernel.backward(*full, lse, scale, causal)
         dq, dk, dv = dq[..., :d], dk[..., :d], dv[..., :e]
         if groups > 1:
             dk, dv = (x.reshape(x.shape[0], k.shape[1], groups, *x.shape[2:]).sum(2) for x in (dk, dv))

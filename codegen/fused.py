@@ -1,8 +1,10 @@
-"""torch's memory-efficient attention on a GPU, below autograd: used once it has reproduced a reference here.
+"""torch's fused attention, below autograd: the flash kernel of a CPU, the memory-efficient one of a GPU.
 
 Autograd is off inside the operators, so that the kernels behind ``scaled_dot_product_attention`` are called by their
-aten names. Those are not torch's public interface; the first use on a device therefore compares them, forward and
-backward, with autograd through plain float32 attention, and does without them where they differ.
+aten names. On a GPU the first use on a device compares them, forward and backward, with autograd through plain float32
+attention, and does without them where they differ.
+
+Tensors are [B, H, n, wide], their last axis contiguous.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -19,17 +23,24 @@ _ROWS = 32
 """The kernel's log-sum-exp is padded to a multiple of this many rows."""
 
 
-def forward(
+class Fused(NamedTuple):
+    """``forward(q, k, v, scale, causal)``: output and log-sum-exp [B, H, n_q];
+    ``backward(g, q, k, v, out, lse, scale, causal)``: dq, dk, dv."""
+
+    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    multiple: int
+    """Of what the head dim must be a multiple."""
+
+
+def _cpu_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp [B, H, n_q] of [B, H, n, wide] tensors."""
-    out, lse, _, _ = torch.ops.aten._scaled_dot_product_efficient_attention(
-        q, k, v, None, True, 0.0, causal, scale=scale
-    )
-    return out, lse[..., : q.shape[2]]
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    return out, lse
 
 
-def backward(
+def _cpu_backward(
     g: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -39,7 +50,32 @@ def backward(
     scale: float,
     causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of :func:`forward`; ``lse`` is what it returned."""
+    lse = lse.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        g, q, k, v, out, lse, 0.0, causal, scale=scale
+    )
+    return dq, dk, dv
+
+
+def _cuda_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse, _, _ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        q, k, v, None, True, 0.0, causal, scale=scale
+    )
+    return out, lse[..., : q.shape[2]]
+
+
+def _cuda_backward(
+    g: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     short = -lse.shape[-1] % _ROWS
     padded = torch.nn.functional.pad(lse.float(), (0, short), value=float("inf"))
     seed = torch.zeros((), dtype=torch.int64, device=q.device)
@@ -50,16 +86,24 @@ def backward(
     return dq, dk, dv
 
 
-def agrees(q: torch.Tensor) -> bool:
-    """Whether the kernels take tensors like this one and have reproduced the reference on its device."""
-    return q.device.type == "cuda" and q.dtype in _TOLERANCE and _checked(q.device, q.dtype)
+CPU = Fused(_cpu_forward, _cpu_backward, 1)
+CUDA = Fused(_cuda_forward, _cuda_backward, 8)
+
+
+def kernel_for(q: torch.Tensor) -> Fused | None:
+    """The kernel that takes tensors like this one; None where there is none that can be trusted."""
+    if q.device.type == "cpu":
+        return CPU if q.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16) else None
+    if q.device.type == "cuda" and q.dtype in _TOLERANCE and _checked(q.device, q.dtype):
+        return CUDA
+    return None
 
 
 @functools.cache
 def _checked(device: torch.device, dtype: torch.dtype) -> bool:
     log = logging.getLogger("polyattn")
     try:
-        error = max(difference(device, dtype, causal) for causal in (False, True))
+        error = max(difference(CUDA, device, dtype, causal) for causal in (False, True))
     except RuntimeError as problem:
         log.warning(
             "torch's efficient attention does not run on %s (%s); exact attention will be slow", device, problem
@@ -71,13 +115,13 @@ def _checked(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
-def difference(device: torch.device, dtype: torch.dtype, causal: bool) -> float:
+def difference(kernel: Fused, device: torch.device, dtype: torch.dtype, causal: bool) -> float:
     """The largest difference of output and gradients from autograd through float32 attention, on 45 tokens."""
     generator = torch.Generator().manual_seed(0)
     shape = (1, 2, 45, 16)
     q, k, v, g = (torch.randn(shape, generator=generator).to(device=device, dtype=dtype) for _ in range(4))
-    out, lse = forward(q, k, v, 0.25, causal)
-    made = (out, *backward(g, q, k, v, out, lse, 0.25, causal))
+    out, lse = kernel.forward(q, k, v, 0.25, causal)
+    made = (out, *kernel.backward(g, q, k, v, out, lse, 0.25, causal))
     wanted: list[torch.Tensor] = []
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
