@@ -10,15 +10,12 @@ from collections.abc import Sequence
 import sympy
 
 from polyattn.codegen.cpu_layout import (
-    FEATURES,
-    TOKENS,
     Layout,
     Value,
     column,
     einsum,
     group,
     large,
-    letters,
     matrices,
     number,
     ordered,
@@ -29,11 +26,9 @@ from polyattn.codegen.cpu_layout import (
 )
 from polyattn.codegen.cpu_plan import SIDES, Body, Gradient, gradient, product, state_key, steps, weighted
 from polyattn.codegen.schedule import accumulates
-from polyattn.codegen.spec import KernelSpec, Loop
+from polyattn.codegen.spec import FEATURES, QUERY_SIDE, TOKENS, KernelSpec, Loop, letters
 from polyattn.errors import ScheduleError
 from polyattn.rewriter.plan import Node, walk
-
-QUERY_SIDE = frozenset({"Q", "G", "O", "D", "dQ"})
 
 
 class Writer:

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 import sympy
 
+from polyattn.codegen.spec import FEATURES, TOKENS, WIDTHS
 from polyattn.errors import ScheduleError
-from polyattn.rewriter.plan import Node
 
-TOKENS, FEATURES, WIDTHS = ("i", "j"), ("α", "β", "γ", "δ", "ε"), ("a", "b", "b̂")
 TILE_ORDER = (*FEATURES, *WIDTHS, *TOKENS)
 STATE_ORDER = (*WIDTHS, *FEATURES)
 SIZES = {"a": "d", "b": "e", "b̂": "e + 1", "i": "T_q", "j": "T_k", "t": "T"}
@@ -31,18 +30,6 @@ def rank_name(letter: str) -> str:
 def size(letter: str) -> str:
     """The variable, or expression, for the size of an axis."""
     return rank_name(letter) if letter in FEATURES else SIZES[letter]
-
-
-def letters(n: Node) -> Layout:
-    """The axes of a node.
-
-    Raises:
-        ScheduleError: two axes of one kind, or an axis that this target does not know.
-    """
-    found = tuple(kind.letter for kind in n.axes)
-    if len(set(found)) != len(found) or not set(found) <= set(TILE_ORDER):
-        raise ScheduleError(f"the CPU target has no tile with the axes {list(found)} of {n.op}")
-    return found
 
 
 def ordered(found: Iterable[str]) -> Layout:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 import sympy
 
-from polyattn.codegen.cpu_layout import FEATURES, TOKENS, WIDTHS, Layout, Value, letters, ordered
+from polyattn.codegen.cpu_layout import Layout, Value, ordered
 from polyattn.codegen.schedule import accumulates
+from polyattn.codegen.spec import FEATURES, TOKENS, WIDTHS, letters
 from polyattn.errors import ScheduleError
 from polyattn.rewriter.plan import Node, walk
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import linecache
 import textwrap
 from collections.abc import Mapping
-from types import ModuleType
 
 import sympy
 import torch
 
-from polyattn.codegen.cpu_emit import QUERY_SIDE, Writer
-from polyattn.codegen.cpu_layout import TOKENS, Layout, letters, number, size
+from polyattn.codegen import tables
+from polyattn.codegen.cpu_emit import Writer
+from polyattn.codegen.cpu_layout import Layout, number, size
 from polyattn.codegen.cpu_plan import state_key
-from polyattn.codegen.spec import KernelSpec
+from polyattn.codegen.spec import QUERY_SIDE, TOKENS, KernelSpec, letters
 from polyattn.rewriter import features
 
 _HELPERS = {
@@ -149,30 +147,13 @@ def _sizes(layout: Layout) -> str:
     return ", ".join(["H", *map(size, layout)])
 
 
-@functools.cache
-def _module(spec: KernelSpec) -> ModuleType:
-    """The emitted file as a module; it is kept in memory, and tracebacks read its source from linecache."""
-    text = emit(spec)
-    name = f"polyattn_cpu_{spec.name}_{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
-    module = ModuleType(name)
-    module.__file__ = f"<{name}>"
-    linecache.cache[module.__file__] = (len(text), None, text.splitlines(keepends=True), module.__file__)
-    exec(compile(text, module.__file__, "exec"), module.__dict__)
-    return module
-
-
-@functools.lru_cache(maxsize=64)
-def _table(coefficients: tuple[float, ...], d: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.as_tensor(features.weights(coefficients, d)).to(device=device, dtype=dtype)
-
-
 def run(
     spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scalars: Mapping[str, float], head_dim: int, block: int
 ) -> dict[str, torch.Tensor]:
     """Run a specification's emitted file; the arguments are those of :func:`polyattn.codegen.target.run`."""
-    module, sample = _module(spec), inputs["Q"]
+    module, sample = tables.module(f"cpu_{spec.name}", emit(spec)), inputs["Q"]
     weights = {
-        name: _table(tuple(map(float, coefficients)), head_dim, sample.dtype, sample.device)
+        name: tables.weights(tuple(map(float, coefficients)), head_dim, sample.dtype, sample.device)
         for name, coefficients in module.weights(scalars).items()
     }
     starts = features.layout(head_dim, max(_written(spec).ranks.values(), default=0))

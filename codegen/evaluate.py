@@ -10,8 +10,9 @@ from collections.abc import Mapping
 import sympy
 import torch
 
+from polyattn.codegen import tables
 from polyattn.codegen.schedule import accumulates, is_state
-from polyattn.codegen.spec import KernelSpec, Loop
+from polyattn.codegen.spec import QUERY_SIDE, KernelSpec, Loop
 from polyattn.errors import ScheduleError
 from polyattn.rewriter import features
 from polyattn.rewriter.expr import D, E
@@ -19,8 +20,6 @@ from polyattn.rewriter.features import rank_symbol
 from polyattn.rewriter.interpret import take_part
 from polyattn.rewriter.plan import Node
 
-QUERY_SIDE = frozenset({"Q", "G", "O", "D", "dQ"})
-"""Inputs and outputs whose tokens are queries; the others' are keys."""
 TILE_ELEMENTS = 1 << 19
 """Elements of one block's feature tile, all heads of a group together."""
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -52,7 +51,6 @@ class Evaluation:
         self.spec, self.inputs, self.scalars = spec, inputs, scalars
         self.head_dim, self.block = head_dim, block
         self.states: dict[Node, torch.Tensor] = {}
-        self.constants: dict[Node, torch.Tensor] = {}
         self.outputs: dict[str, torch.Tensor] = {}
         sample = next(t for t in inputs.values())
         self.dtype, self.device = sample.dtype, sample.device
@@ -120,14 +118,10 @@ class Evaluation:
         return self.states[n]
 
     def _constant(self, n: Node) -> torch.Tensor:
-        if n not in self.constants:
-            numbers = [float(self._number(c)) for c in n.attr]
-            dense = torch.as_tensor(features.weights(numbers, self.head_dim))
-            self.constants[n] = dense.to(device=self.device, dtype=self.dtype)
-        return self.constants[n]
+        return tables.weights(tuple(self._number(c) for c in n.attr), self.head_dim, self.dtype, self.device)
 
     def _number(self, c: sympy.Expr) -> float:
-        return float(c.subs({s: self.scalars[s.name] for s in c.free_symbols}))
+        return tables.number(c, self.scalars)
 
     # -- tiles ---------------------------------------------------------------------------------------------------
 
@@ -195,7 +189,7 @@ class Evaluation:
         columns = []
         for width, constant in zip(widths, constants, strict=True):
             if constant is not None:
-                columns.append(torch.full_like(wide[..., :1], self._number(sympy.sympify(constant))))
+                columns.append(torch.full_like(wide[..., :1], self._number(constant)))
             else:
                 x = next(pending)
                 columns.append(x if width is not None else x.unsqueeze(-1))

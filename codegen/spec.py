@@ -10,8 +10,27 @@ from dataclasses import dataclass
 
 import sympy
 
+from polyattn.errors import ScheduleError
 from polyattn.rewriter.expr import Kind
 from polyattn.rewriter.plan import Node, flops
+from polyattn.rewriter.rules import RANK_LETTERS
+
+QUERY_SIDE = frozenset({"Q", "G", "O", "D", "dQ"})
+"""Inputs and outputs whose tokens are queries; the others' are keys."""
+TOKENS, FEATURES, WIDTHS = ("i", "j"), tuple(RANK_LETTERS), ("a", "b", "b̂")
+"""Letters of the axes that the targets know: tokens, features by degree from the top, head and value."""
+
+
+def letters(n: Node) -> tuple[str, ...]:
+    """The axes of a node.
+
+    Raises:
+        ScheduleError: two axes of one kind, or an axis that no target knows.
+    """
+    found = tuple(kind.letter for kind in n.axes)
+    if len(set(found)) != len(found) or not set(found) <= {*TOKENS, *FEATURES, *WIDTHS}:
+        raise ScheduleError(f"no tile has the axes {list(found)} of {n.op}")
+    return found
 
 
 @dataclass(frozen=True)

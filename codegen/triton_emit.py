@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 
 import sympy
 
+from polyattn.codegen import spec
 from polyattn.codegen.schedule import accumulates, is_state
+from polyattn.codegen.spec import FEATURES, TOKENS, WIDTHS
 from polyattn.errors import ScheduleError
 from polyattn.rewriter.expr import Kind
 from polyattn.rewriter.plan import Node, walk
 
-TOKENS, FEATURES = ("i", "j"), ("α", "β", "γ", "δ", "ε")
-ORDER = (*TOKENS, *FEATURES, "a", "b", "b̂")
+ORDER = (*TOKENS, *FEATURES, *WIDTHS)
 VALUES = ("b", "b̂")
 BLOCKS = {"i": "BLOCK_I", "j": "BLOCK_J", "a": "BLOCK_D", "b": "BLOCK_E", "b̂": "BLOCK_E"}
 NAMES = {"α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "epsilon", "b̂": "b"}
@@ -27,15 +28,8 @@ INPUT_NAMES = {"D": "denominator"}
 
 
 def letters(n: Node) -> tuple[str, ...]:
-    """The axes of a node in the order of tiles.
-
-    Raises:
-        ScheduleError: two axes of one kind, or an axis that no kernel knows.
-    """
-    found = [kind.letter for kind in n.axes]
-    if len(set(found)) != len(found) or not set(found) <= set(ORDER):
-        raise ScheduleError(f"no Triton tile has the axes {found} of {n.op}")
-    return tuple(sorted(found, key=ORDER.index))
+    """The axes of a node in the order of tiles."""
+    return tuple(sorted(spec.letters(n), key=ORDER.index))
 
 
 def rank_name(letter: str) -> str:
@@ -75,25 +69,20 @@ class Scope:
             raise ScheduleError(f"the axis {letter} is not bound here")
         return self.parent.binding(letter)
 
-    def bound(self, letter: str) -> bool:
-        return letter in self.bindings or (self.parent is not None and self.parent.bound(letter))
-
 
 class Kernel:
     """Writes one kernel.
 
     Args:
         states: memory name of every state that an earlier kernel left.
-        top: degree of the features on the axis α.
-        chunked: under a causal mask; scanned states are read at the kernel's chunk.
     """
 
-    def __init__(self, states: Mapping[Node, str], top: int, chunked: bool) -> None:
-        self.states, self.top, self.chunked = states, top, chunked
+    def __init__(self, states: Mapping[Node, str]) -> None:
+        self.states = states
         self.root = Scope(1, None)
         self.pointers: dict[str, None] = {}
         self.weights: dict[tuple[sympy.Expr, ...], str] = {}
-        self.numbers: dict[sympy.Expr, str] = {}
+        self.numbers: dict[sympy.Expr, int] = {}
         self.ranks: dict[str, None] = {}
         self._used: dict[str, int] = {}
 
@@ -266,8 +255,7 @@ class Kernel:
         while feature not in at.bindings and at.parent is not None:
             at = at.parent
         binding = at.bindings[feature]
-        key = f"column {feature} {degree} {slot}"
-        known = at.loaded
+        key, known = f"column {feature} {degree} {slot}", at.loaded
         if key not in known:
             table, size = self.pointer(f"COLUMNS_{degree}"), self.rank(feature)
             known[key] = self.name(f"column_{slot}")
@@ -279,14 +267,12 @@ class Kernel:
         """A coefficient: a literal, or loaded once from the table of numbers."""
         if not c.free_symbols:
             return repr(float(c))
-        if c not in self.numbers:
-            self.numbers[c] = f"c{len(self.numbers)}"
-        name, known = f"number {self.numbers[c]}", self.root.loaded
-        if name not in known:
-            known[name] = self.name("factor")
-            at = self.pointer("NUMBERS") + f" + {list(self.numbers).index(c)}"
-            self.root.write(f"{known[name]} = tl.load({at})  # {c}")
-        return known[name]
+        place, key = self.numbers.setdefault(c, len(self.numbers)), f"number {c}"
+        known = self.root.loaded
+        if key not in known:
+            known[key] = self.name("factor")
+            self.root.write(f"{known[key]} = tl.load({self.pointer('NUMBERS')} + {place})  # {c}")
+        return known[key]
 
     def _concat(self, n: Node, axes: tuple[str, ...], scope: Scope) -> tuple[str, str]:
         """[V, 1] or [G, δ] side by side: the last column is a constant or one number per token."""
@@ -330,9 +316,7 @@ class Kernel:
 
     def contract(self, n: Node, scope: Scope, accumulator: str | None = None) -> str:
         """A product of tiles that are bound here, summed over what the result does not have."""
-        patterns, result = n.attr
         check_pattern(n)
-        del patterns, result
         want = self.axes(n, scope)
         tiles = [(self.emit(a, scope), self.axes(a, scope)) for a in n.args]
         made = self.product(tiles, want, accumulator)

@@ -14,12 +14,10 @@ from typing import Any
 
 import sympy
 
-from polyattn.codegen.spec import KernelSpec, Loop
+from polyattn.codegen.spec import FEATURES, TOKENS, KernelSpec, Loop
 from polyattn.codegen.triton_emit import (
-    FEATURES,
     NAMES,
     SIDES,
-    TOKENS,
     Binding,
     Kernel,
     Scope,
@@ -30,7 +28,6 @@ from polyattn.codegen.triton_emit import (
 from polyattn.errors import ScheduleError
 from polyattn.rewriter.plan import Node, walk
 
-QUERY_OUTPUTS = frozenset({"O", "D", "dQ"})
 CONSTANTS = ("GROUPS", "HEAD_DIM", "VALUE_DIM", "BLOCK_I", "BLOCK_J", "BLOCK_R", "BLOCK_D", "BLOCK_E", "ACC")
 
 
@@ -51,7 +48,7 @@ class Writer:
         self.spec = spec
         self.states: dict[Node, str] = {}
         self.weights: dict[tuple[sympy.Expr, ...], str] = {}
-        self.numbers: dict[sympy.Expr, str] = {}
+        self.numbers: dict[sympy.Expr, int] = {}
         self.launches: list[Launch] = []
         self.degree = max(
             (n.attr + FEATURES.index(letters(n)[1]) for loop in spec.loops for n in loop.tiles if n.op == "features"),
@@ -74,7 +71,7 @@ class Writer:
                 self._token_kernel(f"{self.spec.name}_{number}_{'queries' if own == 'i' else 'keys'}", own, stores)
 
     def _kernel(self) -> Kernel:
-        kernel = Kernel(dict(self.states), self.degree, self.spec.chunked)
+        kernel = Kernel(dict(self.states))
         kernel.weights, kernel.numbers = self.weights, self.numbers
         return kernel
 

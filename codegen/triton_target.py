@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import linecache
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -13,9 +11,10 @@ from typing import Any
 import sympy
 import torch
 
-from polyattn.codegen.spec import KernelSpec
-from polyattn.codegen.triton_emit import FEATURES, letters, rank_name
-from polyattn.codegen.triton_kernels import CONSTANTS, QUERY_OUTPUTS, Launch, Writer
+from polyattn.codegen import tables
+from polyattn.codegen.spec import FEATURES, QUERY_SIDE, KernelSpec
+from polyattn.codegen.triton_emit import letters, rank_name
+from polyattn.codegen.triton_kernels import CONSTANTS, Launch, Writer
 from polyattn.errors import ScheduleError
 from polyattn.rewriter import features
 
@@ -90,7 +89,7 @@ def _run_text(spec: KernelSpec, writer: Writer) -> str:
             lines.append(f'    {a} = tables["{a}"]')
         if a.startswith("OUT_"):
             name = a.removeprefix("OUT_")
-            like = "*Q.shape[:-1]" if name in QUERY_OUTPUTS else "*K.shape[:-1]"
+            like = "*Q.shape[:-1]" if name in QUERY_SIDE else "*K.shape[:-1]"
             width = {"D": "", "dQ": "HEAD_DIM", "dK": "HEAD_DIM"}.get(name, "VALUE_DIM")
             lines.append(f"    {a} = torch.empty(({like}, {width}), **new)")
     for n, name in writer.states.items():
@@ -108,17 +107,8 @@ def _run_text(spec: KernelSpec, writer: Writer) -> str:
     return "\n".join(lines) + "\n"
 
 
-@functools.cache
 def _module(spec: KernelSpec) -> ModuleType:
-    """The emitted file as a module; it is kept in memory, and tracebacks and Triton read its source from linecache."""
-    emitted = emit(spec)
-    name = f"polyattn_triton_{spec.name}_{hashlib.blake2b(emitted.text.encode(), digest_size=6).hexdigest()}"
-    module = ModuleType(name)
-    module.__file__ = f"<{name}>"
-    lines = emitted.text.splitlines(keepends=True)
-    linecache.cache[module.__file__] = (len(emitted.text), None, lines, module.__file__)
-    exec(compile(emitted.text, module.__file__, "exec"), module.__dict__)
-    return module
+    return tables.module(f"triton_{spec.name}", emit(spec).text)
 
 
 def available(device: torch.device) -> bool:
@@ -133,12 +123,15 @@ def available(device: torch.device) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _constant_tables(d: int, degree: int, device: torch.device) -> dict[str, torch.Tensor]:
-    tables = {}
-    for lower in range(degree + 1):
-        tables[f"COLUMNS_{lower}"] = torch.as_tensor(features.columns(d, lower), device=device)
+    made = {f"COLUMNS_{low}": torch.as_tensor(features.columns(d, low), device=device) for low in range(degree + 1)}
     if degree:
-        tables[f"EDGES_{degree}"] = torch.as_tensor(features.edges(d, degree), device=device)
-    return tables
+        made[f"EDGES_{degree}"] = torch.as_tensor(features.edges(d, degree), device=device)
+    return made
+
+
+@functools.lru_cache(maxsize=64)
+def _number_table(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def run(
@@ -160,18 +153,16 @@ def run(
     sample = inputs["Q"]
     dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
 
-    def number(c: sympy.Expr) -> float:
-        return float(sympy.sympify(c).subs({s: scalars[s.name] for s in sympy.sympify(c).free_symbols}))
-
-    tables = dict(_constant_tables(head_dim, emitted.degree, sample.device))
+    given = dict(_constant_tables(head_dim, emitted.degree, sample.device))
     for name, coefficients in emitted.weights.items():
-        values = features.weights([number(c) for c in coefficients], head_dim)
-        tables[name] = torch.as_tensor(values).to(device=sample.device, dtype=dtype)
-    tables["NUMBERS"] = torch.tensor([number(c) for c in emitted.numbers] or [0.0], dtype=dtype, device=sample.device)
+        values = tuple(tables.number(c, scalars) for c in coefficients)
+        given[name] = tables.weights(values, head_dim, dtype, sample.device)
+    numbers = tuple(tables.number(c, scalars) for c in emitted.numbers)
+    given["NUMBERS"] = _number_table(numbers or (0.0,), dtype, sample.device)
     degree = emitted.degree
     ranks = {rank_name(FEATURES[low]): features.rank(head_dim, degree - low) for low in range(degree + 1)}
     acc = tl.float64 if dtype == torch.float64 else tl.float32
-    made: dict[str, torch.Tensor] = _module(spec).run(inputs, tables, ranks, block, blocks, acc, dtype)
+    made: dict[str, torch.Tensor] = _module(spec).run(inputs, given, ranks, block, blocks, acc, dtype)
     return made
 
 
