@@ -10,8 +10,10 @@ import datetime
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -87,8 +89,11 @@ def row(heads: int, n: int, d: int, causal: bool, chunks: tuple[int, ...]) -> li
 
 def main() -> None:
     """Print the table and what it was measured on."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+    from machine import processor
+
     print(
-        f"{datetime.date.today()}, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
+        f"{datetime.date.today()}, {processor()}, {torch.get_num_threads()} threads, "
         f"load average {os.getloadavg()[0]:.1f} before; Python {platform.python_version()}, torch {torch.__version__}; "
         f"float32, degree {DEGREE}, consistent gradient. Milliseconds, forward / backward.\n"
     )

@@ -34,6 +34,7 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "polyattn, inner inductor, exact": ("polyattn", {"inner": "inductor", "policy": "exact"}),
     "polyattn, inner inductor, low rank": ("polyattn", {"inner": "inductor", "policy": "low_rank"}),
 }
+EXAMPLES = Path(__file__).parent.parent / "examples"
 BASELINES = {"eager": "eager", "inductor": "inductor"}
 """Inner compiler → the configuration that polyattn's compile time is compared with."""
 GATE = {"exact": 1e-5, "low rank": 1e-2}
@@ -79,7 +80,7 @@ def in_a_process(name: str, layers: int, tokens: int) -> dict[str, float]:
 
 def measure(name: str, layers: int, tokens: int) -> dict[str, float]:
     """Seconds of one configuration, in this process."""
-    sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+    sys.path.insert(0, str(EXAMPLES))
     import gpt_model
     import torch
 
@@ -165,17 +166,14 @@ def table(found: dict[str, dict[str, float]]) -> str:
 
 def heading(layers: int, tokens: int, repeats: int) -> str:
     """What was measured, on what, when."""
+    sys.path.insert(0, str(EXAMPLES))
     import torch
+    from machine import processor
 
-    processor = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-        processor = names[0] if names else processor
     load = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     return (
         f"{layers}-layer GPT, {tokens} tokens, forward and backward; median of {repeats} processes, in seconds.\n"
-        f"{datetime.date.today()}, {processor}, {os.cpu_count()} CPUs{load}; Python {platform.python_version()}, "
+        f"{datetime.date.today()}, {processor()}, {os.cpu_count()} CPUs{load}; Python {platform.python_version()}, "
         f"torch {torch.__version__}.\n"
     )
 

@@ -12,7 +12,6 @@ experiment: error over layers and degree, time over tokens. Every number is what
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ import paper_model
 import paper_terms
 import theorem_4_2
 import torch
+from machine import machine
 from paper_gradients import COMPONENTS, DEGREES, GRADIENTS, compiled, errors, gradients, largest_logits
 from paper_model import Config, Model
 from rich.console import Console
@@ -287,16 +287,6 @@ def show_experiment(console: Console, config: Config, grown: theorem_4_2.Errors,
 def titled(console: Console, title: str, table: Table) -> None:
     console.print(f"\n{title}", highlight=False, markup=False)
     console.print(table)
-
-
-def machine() -> str:
-    """Processor and cores, as the system names them."""
-    name = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-        name = names[0] if names else name
-    return f"{platform.system()} {platform.machine()}, {name}, {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from machine import machine
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -355,16 +356,6 @@ def sampled(steps: int, rows: int = 12) -> list[int]:
 
 def scientific(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.1e}"
-
-
-def machine() -> str:
-    """Processor and cores, as the system names them."""
-    name = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-        name = names[0] if names else name
-    return f"{platform.system()} {platform.machine()}, {name}, {os.cpu_count()} cores"
 
 
 def plot(results: dict[str, dict[str, Any]], path: Path) -> None:

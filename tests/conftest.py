@@ -52,6 +52,20 @@ def torch_as_it_was() -> Iterator[None]:
     assert not changed, f"torch's global state was left changed (before, after): {changed}"
 
 
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing compiled and nothing decided, before the test and after it."""
+    import torch
+
+    import polyattn
+
+    torch._dynamo.reset()
+    polyattn.reset()
+    yield
+    torch._dynamo.reset()
+    polyattn.reset()
+
+
 @pytest.fixture(scope="session")
 def golden() -> Callable[..., None]:
     """``golden(name, text)``: see ``tests/golden.py``."""

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operands import spec_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from polyattn.codegen import cpu_target
@@ -32,22 +33,6 @@ ALL = ("dQ", "dK", "dV")
 PARTS = (ALL, ("dQ",), ("dK",), ("dV",), ("dK", "dV"), ("dQ", "dV"))
 masks = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 gradients = pytest.mark.parametrize("gradient", ["consistent", "substituted"])
-
-
-def inputs(
-    d: int, e: int, n_q: int, n_k: int, heads: int = 2, groups: int = 1, dtype: torch.dtype = torch.float64
-) -> Inputs:
-    generator = torch.Generator().manual_seed(1000 * d + 10 * e + n_q)
-
-    def rand(*size: int) -> torch.Tensor:
-        return (torch.randn(*size, generator=generator, dtype=torch.float64) * 0.5).to(dtype)
-
-    return {
-        "Q": rand(heads, groups, n_q, d),
-        "K": rand(heads, n_k, d),
-        "V": rand(heads, n_k, e),
-        "G": rand(heads, groups, n_q, e),
-    }
 
 
 def both(spec: KernelSpec, x: Mapping[str, torch.Tensor], degree: int, block: int) -> tuple[Inputs, Inputs]:
@@ -91,21 +76,21 @@ def compare(
 @pytest.mark.parametrize(("d", "e"), [(3, 16), (16, 3), (5, 5)])
 def test_equals_evaluate(causal: bool, degree: int, gradient: str, d: int, e: int) -> None:
     n = 23 if degree < 4 else 11
-    compare(causal, degree, gradient, inputs(d, e, n, n), 7)
+    compare(causal, degree, gradient, spec_inputs(d, e, n, n), 7)
 
 
 @gradients
 @masks
 @pytest.mark.parametrize("degree", [1, 2, 3])
 def test_some_of_the_gradients(causal: bool, degree: int, gradient: str) -> None:
-    compare(causal, degree, gradient, inputs(4, 3, 21, 21), 8, PARTS)
+    compare(causal, degree, gradient, spec_inputs(4, 3, 21, 21), 8, PARTS)
 
 
 @gradients
 @masks
 @pytest.mark.parametrize(("n_q", "n_k"), [(29, 13), (13, 29), (1, 17), (17, 1)])
 def test_grouped_queries_and_other_numbers_of_keys(causal: bool, gradient: str, n_q: int, n_k: int) -> None:
-    compare(causal, 2, gradient, inputs(4, 3, n_q, n_k, heads=2, groups=3), 8)
+    compare(causal, 2, gradient, spec_inputs(4, 3, n_q, n_k, heads=2, groups=3), 8)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -135,12 +120,12 @@ def test_any_shape(
     block: int,
     parts: tuple[str, ...],
 ) -> None:
-    compare(causal, degree, gradient, inputs(d, e, n_q, n_k, heads, groups), block, (parts,))
+    compare(causal, degree, gradient, spec_inputs(d, e, n_q, n_k, heads, groups), block, (parts,))
 
 
 @masks
 def test_float32_stays_float32(causal: bool) -> None:
-    compare(causal, 2, "consistent", inputs(6, 5, 40, 40, dtype=torch.float32), 16, tolerance=2e-5)
+    compare(causal, 2, "consistent", spec_inputs(6, 5, 40, 40, dtype=torch.float32), 16, tolerance=2e-5)
 
 
 @contextmanager
@@ -159,11 +144,11 @@ def uninitialized_memory_is_nan() -> Iterator[None]:
 def test_reads_no_memory_that_it_has_not_written(causal: bool, gradient: str, n_q: int, n_k: int) -> None:
     with uninitialized_memory_is_nan():
         assert bool(torch.empty(3).isnan().all())
-        compare(causal, 2, gradient, inputs(3, 4, n_q, n_k, groups=2), 8)
+        compare(causal, 2, gradient, spec_inputs(3, 4, n_q, n_k, groups=2), 8)
 
 
 def test_inputs_that_are_views_and_require_gradients() -> None:
-    x = inputs(4, 3, 21, 21, heads=2, groups=2)
+    x = spec_inputs(4, 3, 21, 21, heads=2, groups=2)
     wide = {name: torch.stack([value, value], -1)[..., 0].requires_grad_() for name, value in x.items()}
     scalars = {"s": 0.3, **Approximation(2).values}
     spec = kernels(True, 2, "consistent").forward
@@ -173,7 +158,7 @@ def test_inputs_that_are_views_and_require_gradients() -> None:
 
 
 def test_a_future_key_whose_score_overflows_is_not_seen() -> None:
-    x = inputs(3, 3, 12, 12)
+    x = spec_inputs(3, 3, 12, 12)
     x["K"][:, -1] = 1e4
     x["Q"][:, :, :-1] = x["Q"][:, :, :-1].abs() + 1
     scalars = {"s": 1.0, **Approximation(2).values}
@@ -202,7 +187,7 @@ def test_no_tensor_grows_with_the_square_of_tokens_or_with_tokens_and_rank(
     causal: bool, degree: int, gradient: str
 ) -> None:
     n, d, block = 512, 3, 8
-    x = inputs(d, d, n, n, heads=1)
+    x = spec_inputs(d, d, n, n, heads=1)
     scalars = {"s": 0.3, **Approximation(degree).values}
     made = kernels(causal, degree, gradient)
     limit = max(n * (d + 1), features.rank(d, degree) * max(block, d + 1) * (d + 1))
@@ -239,7 +224,7 @@ def test_the_text_is_a_file_of_its_own(causal: bool, degree: int, gradient: str)
 
 
 def test_tracebacks_show_the_emitted_lines() -> None:
-    x = inputs(3, 3, 9, 9)
+    x = spec_inputs(3, 3, 9, 9)
     x["V"] = x["V"][:, :5]
     with pytest.raises(RuntimeError) as caught:
         cpu_target.run(kernels(False, 2, "consistent").forward, x, {"s": 1.0, **Approximation(2).values}, 3, 4)

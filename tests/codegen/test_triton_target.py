@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from operands import spec_inputs
 
 from polyattn.codegen import triton_target
 from polyattn.codegen.evaluate import Evaluation
@@ -36,18 +37,8 @@ BLOCKS = (16, 16, 16)
 Inputs = dict[str, torch.Tensor]
 
 
-def inputs(d: int, e: int, n_q: int, n_k: int, heads: int, groups: int, dtype: torch.dtype = torch.float64) -> Inputs:
-    generator = torch.Generator().manual_seed(d + e + n_q)
-
-    def rand(*size: int) -> torch.Tensor:
-        return (torch.randn(*size, generator=generator, dtype=torch.float64) * 0.5).to(device=DEVICE, dtype=dtype)
-
-    return {
-        "Q": rand(heads, groups, n_q, d),
-        "K": rand(heads, n_k, d),
-        "V": rand(heads, n_k, e),
-        "G": rand(heads, groups, n_q, e),
-    }
+def inputs(*sizes: int, dtype: torch.dtype = torch.float64) -> Inputs:
+    return spec_inputs(*sizes, dtype=dtype, device=DEVICE)
 
 
 def both(spec: KernelSpec, x: Mapping[str, torch.Tensor], degree: int, block: int) -> tuple[Inputs, Inputs]:
@@ -109,7 +100,7 @@ def test_any_shape(causal: bool, d: int, e: int, n_q: int, n_k: int, groups: int
 
 @runs
 def test_float32_accumulates_in_float32() -> None:
-    compare(True, 2, "consistent", inputs(5, 3, 37, 37, 1, 1, torch.float32), 20, 2e-5)
+    compare(True, 2, "consistent", inputs(5, 3, 37, 37, 1, 1, dtype=torch.float32), 20, 2e-5)
 
 
 @runs

@@ -8,6 +8,7 @@ import time
 import pytest
 import sympy
 import torch
+from operands import form_inputs
 
 from polyattn.errors import LiftError, RewriteError
 from polyattn.passes import derive as derivations
@@ -16,28 +17,13 @@ from polyattn.passes.forms import FORMS, Form
 from polyattn.passes.lift import Lifter, trace
 from polyattn.rewriter import expr as ir
 from polyattn.rewriter import rules
-from polyattn.rewriter.expr import Mask, Program
+from polyattn.rewriter.expr import Program
 from polyattn.rewriter.interpret import Interpreter
 from polyattn.rewriter.order import plan
 from polyattn.rewriter.plan import walk
 
 SIZES = {"i": 13, "j": 13, "t": 12, "a": 4, "b": 3}
 CHUNK = 4
-
-
-def inputs(form: Form) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    found = {
-        t.name: 0.5 * torch.randn([SIZES[k.letter] for k in t.kinds], dtype=torch.float64, generator=generator)
-        for t in (*form.inputs, form.cotangent)
-        if not isinstance(t, Mask)
-    }
-    if any(isinstance(t, Mask) for t in form.inputs):
-        i, j = torch.arange(SIZES["i"])[:, None], torch.arange(SIZES["j"])[None]
-        found["M_near"] = ((i // CHUNK == j // CHUNK) & (j <= i)).double()
-        found["M_far"] = (j // CHUNK < i // CHUNK).double()
-        found["M"] = found["M_near"] + found["M_far"]
-    return found
 
 
 def reference(
@@ -79,7 +65,7 @@ def compare(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], wha
 @pytest.mark.parametrize("name", FORMS)
 def test_exact_program_is_autograd(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     form = FORMS[name]
-    env = inputs(form)
+    env = form_inputs(form, SIZES, CHUNK)
     compare(evaluate(exact(name), env, 0), reference(form, env, None, False, monkeypatch), "lift")
 
 
@@ -88,7 +74,7 @@ def test_exact_program_is_autograd(name: str, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("name", FORMS)
 def test_every_step_keeps_the_meaning(name: str, degree: int, gradient: str, monkeypatch: pytest.MonkeyPatch) -> None:
     form = FORMS[name]
-    env = inputs(form)
+    env = form_inputs(form, SIZES, CHUNK)
     wanted = reference(form, env, degree, gradient == "substituted", monkeypatch)
     checked = 0
     approximated = False
@@ -179,7 +165,7 @@ def test_the_papers_gradients_are_linear_in_n(monkeypatch: pytest.MonkeyPatch) -
     n = sympy.Symbol("n", positive=True)
     for name in ("dX", "dW", "dW_V"):
         assert sympy.degree(made.cost([name]), n) == 1
-    env = inputs(form)
+    env = form_inputs(form, SIZES, CHUNK)
     compare(
         evaluate(Program(program.defs, {**program.outputs, "dX": inlined}), env, 0),
         reference(form, env, None, False, monkeypatch),

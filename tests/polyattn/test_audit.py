@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,17 +14,10 @@ import polyattn.errors
 from polyattn import audit as auditing
 from polyattn import guard
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 N, D = 192, 4
 """Long enough for degree 2 (rank 15) to be cheaper than exact attention."""
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    polyattn.reset()
-    yield
-    torch._dynamo.reset()
-    polyattn.reset()
 
 
 def operands(size: float = 0.3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,6 +20,8 @@ from polyattn import guard
 from polyattn.backend import compile_graph
 from polyattn.backend import polyattn as backend
 from polyattn.errors import ExpectSitesError, OptionValueError, UnknownOptionError
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 EXACT = {"policy": "exact", "inner": "eager"}
 
@@ -47,15 +49,6 @@ class Model(torch.nn.Module):
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
         return x
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    polyattn.reset()
-    yield
-    torch._dynamo.reset()
-    polyattn.reset()
 
 
 def tokens(n: int = 12) -> torch.Tensor:

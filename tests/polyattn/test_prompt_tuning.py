@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import polyattn
 from polyattn import lowrank_op
 from polyattn.rewriter import expr as ir
 from polyattn.rewriter.features import rank
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 WIDTH, HEADS, TOKENS, PROMPT = 16, 2, 40, 24
 HEAD = WIDTH // HEADS
@@ -67,15 +68,6 @@ def dense_polynomial(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
 @pytest.fixture
 def tokens() -> torch.Tensor:
     return torch.randn(2, TOKENS, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    polyattn.reset()
-    yield
-    torch._dynamo.reset()
-    polyattn.reset()
 
 
 class Counter:

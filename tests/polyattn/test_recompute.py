@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,17 +16,10 @@ import polyattn
 from polyattn import audit as auditing
 from polyattn import guard, recompute
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 N, D = 192, 4
 AUTO = {"audit_every": 1, "causal_chunk": 16}
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    polyattn.reset()
-    yield
-    torch._dynamo.reset()
-    polyattn.reset()
 
 
 def tokens(size: float = 0.3, seed: int = 0) -> torch.Tensor:

@@ -8,13 +8,14 @@ import re
 import pytest
 import sympy
 import torch
+from operands import form_inputs
 
 from polyattn.passes.derive import derive, exact
 from polyattn.passes.forms import FORMS, Form
 from polyattn.rewriter import expr as ir
 from polyattn.rewriter import notation
 from polyattn.rewriter.assemble import Piece, assemble
-from polyattn.rewriter.expr import Mask, Program
+from polyattn.rewriter.expr import Program
 from polyattn.rewriter.interpret import Interpreter
 from polyattn.rewriter.matrix import Dense, Einstein, Matrix, Named, Sum
 from polyattn.rewriter.recipe import recipe
@@ -24,33 +25,18 @@ SIZES = {"i": 13, "j": 11, "t": 12, "a": 4, "b": 3}
 CHUNK = 4
 
 
-def inputs(form: Form) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    found = {
-        t.name: 0.5 * torch.randn([SIZES[k.letter] for k in t.kinds], dtype=torch.float64, generator=generator)
-        for t in (*form.inputs, form.cotangent)
-        if not isinstance(t, Mask)
-    }
-    if any(isinstance(t, Mask) for t in form.inputs):
-        i, j = torch.arange(SIZES["i"])[:, None], torch.arange(SIZES["j"])[None]
-        found["M_near"] = ((i // CHUNK == j // CHUNK) & (j <= i)).double()
-        found["M_far"] = (j // CHUNK < i // CHUNK).double()
-        found["M"] = found["M_near"] + found["M_far"]
-    return found
-
-
 def scalars(degree: int) -> dict[str, float]:
     return {"s": 0.7, **{f"a{m}": 1 / math.factorial(m) for m in range(degree + 1)}}
 
 
 def dense(form: Form, degree: int) -> Dense:
-    names = {symbol(name).text: value for name, value in inputs(form).items()}
+    names = {symbol(name).text: value for name, value in form_inputs(form, SIZES, CHUNK).items()}
     kinds = (ir.QUERY, ir.KEY, ir.TOKEN, ir.HEAD, ir.VALUE)
     return Dense(names, scalars(degree), {kind: SIZES[kind.letter] for kind in kinds}, SIZES["a"])
 
 
 def meant(program: Program, form: Form, degree: int) -> dict[str, torch.Tensor]:
-    interpreter = Interpreter(inputs(form), scalars(degree))
+    interpreter = Interpreter(form_inputs(form, SIZES, CHUNK), scalars(degree))
     outputs = interpreter.program(program)
     return {**{d.label: interpreter.tensor(d) for d in program.defs}, **outputs}
 

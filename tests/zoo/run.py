@@ -410,6 +410,9 @@ def explained(rows: list[Row]) -> str:
 
 
 def page(rows: list[Row], minutes: float) -> str:
+    sys.path.insert(0, str(ROOT / "examples"))
+    from machine import processor
+
     known = [row for row in rows if row.executed is not None]
     executed = sum(row.executed or 0 for row in known)
     sites = sum(row.sites or 0 for row in known)
@@ -513,15 +516,6 @@ def versions() -> str:
         except importlib.metadata.PackageNotFoundError:
             found.append(f"{package} not installed")
     return ", ".join(found)
-
-
-def processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        text = ""
-    match = re.search(r"model name\s*:\s*(.+)", text)
-    return match.group(1).strip() if match else "unknown processor"
 
 
 def chosen(wanted: list[str]) -> list[str]:
