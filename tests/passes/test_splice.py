@@ -44,6 +44,24 @@ def softmax_attention(q, k, v):
     ).softmax(-1) @ v
 
 
+def test_dropped_weights_are_not_drawn_a_second_time() -> None:
+    results: list[pipeline.Result] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        results.append(pipeline.run(gm, example_inputs, op=OP, graph_id="test", options="", version=""))
+        return gm.forward
+
+    q = torch.randn(2, 3, 8, 4)
+    torch._dynamo.reset()
+    with torch.random.fork_rng(devices=[]):
+        torch.compile(lambda q: F.dropout((q @ q.mT).softmax(-1), 0.4, training=True) @ q, backend=backend)(q)
+    (result,) = results
+    assert result.graph is not None
+    left = {str(target) for target in targets(result.graph)}
+    assert "aten.scaled_dot_product_attention.default" in left
+    assert not left & {"aten.softmax.int", "aten.matmul.default", "aten.dropout.default"}
+
+
 def test_a_softmax_by_hand_that_is_no_attention_stays_by_hand() -> None:
     def function(q, k, v):
         e = q.exp()
