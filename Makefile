@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long zoo lint format golden wheel-check clean
+.PHONY: help demo test test-long zoo zoo-check lint format golden wheel-check clean
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,10 @@ test: $(STAMP) ## run the tests, without those marked long
 
 test-long: $(STAMP) ## run the tests marked long
 	$(BIN)/python -m pytest -m long $(TEST)
+
+zoo-check: $(STAMP) ## a few models of public packages: found, equal to eager, and as docs/zoo.md says
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[zoo]'
+	$(BIN)/python -m pytest tests/zoo $(TEST)
 
 zoo: $(STAMP) ## compile models of public packages, compare with eager, write docs/zoo.md (ZOO="bert t5": only these)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[zoo]'

@@ -90,6 +90,49 @@ def _spread(x: torch.Tensor, heads: int) -> torch.Tensor:
     return x if groups == 1 else x.repeat_interleave(groups, dim=1)
 
 
+def fused_forward(
+    kernel: fused.Fused,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    causal: bool,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of [B, H, n, ·] tensors by one of torch's kernels: output and log-sum-exp [B, H, n_q].
+
+    Args:
+        mask: what is added to the scores, as :class:`polyattn.codegen.fused.Fused` says; only for a ``masked`` kernel.
+    """
+    wide, heads = _width(q, v, kernel), q.shape[1]
+    full = _pad(q, wide), _pad(_spread(k, heads), wide), _pad(_spread(v, heads), wide)
+    out, lse = kernel.forward(*full, scale, causal, *([] if mask is None else [mask]))
+    return out[..., : v.shape[-1]].contiguous(), lse.contiguous()
+
+
+def fused_backward(
+    kernel: fused.Fused,
+    g: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    causal: bool,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of :func:`fused_forward` by q, k and v; ``out`` and ``lse`` are what it returned."""
+    q, k, v = tensors
+    heads, d, e = q.shape[1], q.shape[-1], v.shape[-1]
+    groups = heads // k.shape[1]
+    wide = _width(q, v, kernel)
+    full = [_pad(x, wide) for x in (g, q, _spread(k, heads), _spread(v, heads), out)]
+    dq, dk, dv = kernel.backward(*full, lse, scale, causal, *([] if mask is None else [mask]))
+    dq, dk, dv = dq[..., :d], dk[..., :d], dv[..., :e]
+    if groups > 1:
+        dk, dv = (x.reshape(x.shape[0], k.shape[1], groups, *x.shape[2:]).sum(2) for x in (dk, dv))
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,11 +140,7 @@ def forward(
     heads, e = q.shape[1], v.shape[-1]
     kernel = fused.kernel_for(q)
     if kernel is not None:
-        wide = _width(q, v, kernel)
-        out, lse = kernel.forward(
-            _pad(q, wide), _pad(_spread(k, heads), wide), _pad(_spread(v, heads), wide), scale, causal
-        )
-        return out[..., :e].contiguous(), lse.contiguous()
+        return fused_forward(kernel, q, k, v, scale, causal)
     groups = heads // k.shape[1]
     rows = torch.arange(q.shape[2], device=q.device)
     result = q.new_empty(*q.shape[:-1], e)
@@ -122,21 +161,14 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of :func:`forward` by q, k and v."""
     q, k, v = tensors
-    heads, d, e = q.shape[1], q.shape[-1], v.shape[-1]
-    groups = heads // k.shape[1]
     kernel = fused.kernel_for(q)
     if kernel is not None:
-        wide = _width(q, v, kernel)
-        full = [_pad(x, wide) for x in (g, q, _spread(k, heads), _spread(v, heads), out)]
-        dq, dk, dv = kernel.backward(*full, lse, scale, causal)
-        dq, dk, dv = dq[..., :d], dk[..., :d], dv[..., :e]
-        if groups > 1:
-            dk, dv = (x.reshape(x.shape[0], k.shape[1], groups, *x.shape[2:]).sum(2) for x in (dk, dv))
-        return dq.contiguous(), dk.contiguous(), dv.contiguous()
+        return fused_backward(kernel, g, tensors, out, lse, scale, causal)
+    groups = q.shape[1] // k.shape[1]
     rows = torch.arange(q.shape[2], device=q.device)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for b in range(q.shape[0]):
-        for h in range(heads):
+        for h in range(q.shape[1]):
             c = h // groups
             made = rows_backward(program, q[b, h], k[b, c], v[b, c], g[b, h], rows, scale, causal)
             dq[b, h] = made[0]

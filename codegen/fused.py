@@ -25,18 +25,31 @@ _ROWS = 32
 
 class Fused(NamedTuple):
     """``forward(q, k, v, scale, causal)``: output and log-sum-exp [B, H, n_q];
-    ``backward(g, q, k, v, out, lse, scale, causal)``: dq, dk, dv."""
+    ``backward(g, q, k, v, out, lse, scale, causal)``: dq, dk, dv.
+
+    Where ``masked``, both take a mask that is added to the scores as one argument more: [B|1, H|1, n_q|1, n_k|1] with
+    any strides, of the dtype of q, or float32 beside a half-precision q. Of a row whose scores are all far from 0 the
+    backward is wrong: log-sum-exp has rounded away the logarithm of how many they are.
+    """
 
     forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     multiple: int
     """Of what the head dim must be a multiple."""
+    masked: bool
 
 
 def _cpu_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    causal: bool,
+    mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+    )
     return out, lse
 
 
@@ -49,10 +62,11 @@ def _cpu_backward(
     lse: torch.Tensor,
     scale: float,
     causal: bool,
+    mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     lse = lse.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        g, q, k, v, out, lse, 0.0, causal, scale=scale
+        g, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
     )
     return dq, dk, dv
 
@@ -86,8 +100,8 @@ def _cuda_backward(
     return dq, dk, dv
 
 
-CPU = Fused(_cpu_forward, _cpu_backward, 1)
-CUDA = Fused(_cuda_forward, _cuda_backward, 8)
+CPU = Fused(_cpu_forward, _cpu_backward, 1, masked=True)
+CUDA = Fused(_cuda_forward, _cuda_backward, 8, masked=False)
 
 
 def kernel_for(q: torch.Tensor) -> Fused | None:

@@ -7,9 +7,10 @@ exchange the last two. Everything else has no meaning here.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Callable, Set
 from typing import Any
 
+import sympy
 import torch
 import torch.fx as fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -53,6 +54,22 @@ def same_sizes(a: Any, b: Any) -> bool:
 
 def one(size: Any) -> bool:
     return bool(statically_known_true(size == 1))
+
+
+def positive(number: Any) -> bool:
+    """Whether a symbolic number is greater than zero for all sizes; adds no guard."""
+    return _positive(number.node.expr, number.node.shape_env.bound_sympy)
+
+
+def _positive(value: sympy.Expr, bounds: Callable[[sympy.Expr], Any]) -> bool:
+    if value.is_Symbol or value.is_number:
+        return bool(bounds(value).lower > 0)
+    name = type(value).__name__
+    if name in ("Pow", "FloatPow", "PowByNatural", "ToFloat", "OpaqueUnaryFn_sqrt"):
+        return _positive(value.args[0], bounds)
+    if name in ("Mul", "Add", "IntTrueDiv", "FloatTrueDiv"):
+        return all(_positive(argument, bounds) for argument in value.args)
+    return False
 
 
 def shape(node: fx.Node) -> tuple[Any, ...]:

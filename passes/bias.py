@@ -66,6 +66,13 @@ def describe(terms: Sequence[Term]) -> str:
     return " + ".join(words)
 
 
+def per_pair(node: fx.Node) -> str:
+    """What a report adds where a mask itself is as large as the scores of a head; empty where it is not."""
+    if len(shape(node)) < 2 or any(one(size) for size in shape(node)[-2:]):
+        return ""
+    return "; the mask alone holds n_q × n_k numbers"
+
+
 def attn_mask(write: SizedWriter, terms: Sequence[Term], batch: tuple[Any, ...]) -> tuple[fx.Node, bool]:
     """The mask of a site in its graph, with at most four axes [B, H, n_q, n_k], and whether it is bool (True: kept).
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -49,6 +50,14 @@ class Step:
         values = [value for _, value in self.pieces]
         flipped = [-bound - 1 for bound in reversed(bounds)] + [INFINITE]
         return Step(tuple(zip(flipped, reversed(values), strict=True)))
+
+    def within(self, rows: Any, columns: Any) -> Step:
+        """The same function at the offsets that a mask of this size has; symbolic sizes restrict nothing."""
+        low = 1 - rows if isinstance(rows, int) else -INFINITE
+        high = columns - 1 if isinstance(columns, int) else INFINITE
+        reached = [(bound, value) for bound, value in self.pieces if bound >= low]
+        count = next((n for n, (bound, _) in enumerate(reached, start=1) if bound >= high), len(reached))
+        return Step((*reached[: count - 1], (INFINITE, reached[count - 1][1])))
 
     @property
     def is_constant(self) -> bool:

@@ -18,19 +18,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Collection, Iterable
 
 import torch
 import torch.fx as fx
 
-from polyattn.passes import axes
+from polyattn.passes import joint
 from polyattn.passes.axes import CAST, NotAttention, packet, reaches, same_sizes, shape
-from polyattn.passes.bias import describe, unsayable
+from polyattn.passes.bias import describe, per_pair, unsayable
+from polyattn.passes.build import build_site
 from polyattn.passes.context import Context
 from polyattn.passes.groups import ungroup
 from polyattn.passes.masks import argument
-from polyattn.passes.owners import is_paper_form, owners
+from polyattn.passes.owners import is_paper_form
 from polyattn.passes.scores import (
     CARRIES,
     DROPOUT,
@@ -39,25 +39,21 @@ from polyattn.passes.scores import (
     PRODUCT,
     Walk,
     carry,
-    causal_mask,
     check_upcast,
     dropout_rate,
     name_of,
-    number,
     users,
     walk_back,
 )
+from polyattn.passes.sdpa import SDPA, match_fused, match_sdpa
 from polyattn.passes.site import Operand, Refusal, Site, named_shape, where
+from polyattn.passes.training import stays
 
 _aten = torch.ops.aten
 SOFTMAX = {_aten.softmax, _aten._softmax, _aten._safe_softmax, _aten.special_softmax}
-SDPA = _aten.scaled_dot_product_attention
-FUSED = {_aten._transformer_encoder_layer_fwd, _aten._native_multi_head_attention}
-_ADDED = (
-    "in training it stays as it was: where an added mask hides a whole row, the backward of torch's fused attention "
-    "differs from that of softmax"
-)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SEEN = {_aten.detach, _aten.nan_to_num, _aten.neg, _aten.clamp, _aten.pow, _aten.relu}
+"""What weights may also pass through on their way to a product: refused, and told so."""
+FUSED_LAYERS = {_aten._transformer_encoder_layer_fwd, _aten._native_multi_head_attention}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +64,13 @@ class Matches:
     refusals: tuple[Refusal, ...]
 
 
-def match(graph: fx.Graph, parameters: Iterable[fx.Node] = (), first_index: int = 0, training: bool = True) -> Matches:
+def match(
+    graph: fx.Graph,
+    parameters: Iterable[fx.Node] = (),
+    first_index: int = 0,
+    training: bool = True,
+    needs: Collection[fx.Node] | None = None,
+) -> Matches:
     """Sites and refusals of a normalised graph.
 
     Args:
@@ -76,6 +78,7 @@ def match(graph: fx.Graph, parameters: Iterable[fx.Node] = (), first_index: int 
         parameters: placeholders that hold parameters (the owners of a site are taken from them).
         first_index: index of the first site.
         training: whether gradients may be asked for.
+        needs: see :func:`polyattn.passes.training.stays`.
     """
     context = Context(graph, frozenset(parameters))
     sites: list[Site] = []
@@ -83,65 +86,31 @@ def match(graph: fx.Graph, parameters: Iterable[fx.Node] = (), first_index: int 
     for node in graph.nodes:
         kind = packet(node)
         try:
-            if kind in FUSED:
+            if kind in FUSED_LAYERS:
                 raise NotAttention(
                     f"{name_of(node)} is one fused operator; torch.backends.mha.set_fastpath_enabled(False) opens it",
                     node,
                 )
             if kind is SDPA:
-                site = _match_sdpa(context, node)
-            elif kind in SOFTMAX and reaches(node, FLOWS, PRODUCT | OTHER_PRODUCTS):
+                site = match_sdpa(context, node)
+            elif kind in joint.FUSED:
+                site = match_fused(context, node)
+            elif kind in SOFTMAX and reaches(node, FLOWS | SEEN, PRODUCT | OTHER_PRODUCTS):
                 site = _match_softmax(context, node)
-                if training and any(term.added for term in site.terms):
-                    site = dataclasses.replace(site, exact=f"{site.exact}; {_ADDED}", kept=True)
+                added = not site.kept and any(term.added for term in site.terms)
+                left = (stays(site, needs) if training else _narrowed(site)) if added else ""
+                if left:
+                    exact = f"{site.exact}; in {'training' if training else 'inference'} it stays as it was: {left}"
+                    site = dataclasses.replace(site, exact=exact, kept=True)
             else:
                 continue
+            if training and site.gradients is not None:
+                raise NotAttention(joint.AGAIN, node)
         except NotAttention as refusal:
             refusals.append(Refusal(str(refusal), refusal.node.name, where(node)))
         else:
             sites.append(dataclasses.replace(_grouped(site), index=first_index + len(sites)))
     return Matches(tuple(sites), tuple(refusals))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# scaled_dot_product_attention
-
-
-def _match_sdpa(context: Context, node: fx.Node) -> Site:
-    q, k, v = (Operand(argument(node, position, name)) for position, name in enumerate(("query", "key", "value")))
-    scale: Any = node.kwargs.get("scale")
-    exact = ""
-    if scale is None:
-        if isinstance(q.features, int):
-            scale = 1 / math.sqrt(q.features)
-        else:
-            scale, exact = math.nan, "the default scale 1/sqrt(head_dim) depends on a dynamic head dim"
-    elif isinstance(scale, fx.Node):
-        scale, exact = math.nan, "the scale depends on a dynamic size"
-    causal = bool(argument(node, 5, "is_causal", False))
-    mask = argument(node, 3, "attn_mask")
-    dropout = number(argument(node, 4, "dropout_p", 0.0), node)
-    if dropout:
-        exact = f"dropout with p={dropout} on the weights"
-    kind = "causal" if causal else "none"
-    if mask is not None:
-        boolean = isinstance(mask, fx.Node) and mask.meta["val"].dtype == torch.bool
-        keep, drop = (True, False) if boolean else (0.0, -math.inf)
-        try:
-            causal = causal_mask(context, mask, (q.tokens, k.tokens), True, keep, drop, node) or causal
-            kind = "causal" if causal else kind
-        except NotAttention as reason:
-            exact, kind = str(reason), "mask" if boolean else "bias"
-    grouped = False
-    batch = axes.broadcast(axes.broadcast(q.batch, k.batch) or (), v.batch)
-    if node.kwargs.get("enable_gqa"):
-        grouped = len(q.batch) > 0 and not same_sizes(q.batch[-1:], k.batch[-1:])
-        batch = q.batch
-        if grouped and not (same_sizes(q.batch[:-1], k.batch[:-1]) and same_sizes(k.batch, v.batch)):
-            raise NotAttention("grouped queries with broadcast batch axes", node)
-    name = "scaled_dot_product_attention"
-    site = _site(context, node, [], q, k, v, batch, batch, float(scale), causal, name, grouped)
-    return dataclasses.replace(site, mask=kind, dropout=dropout, exact=exact, kept=bool(exact))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,7 +124,12 @@ def _match_softmax(context: Context, softmax: fx.Node) -> Site:
     if rank < 2 or dim < -2:
         raise NotAttention(f"the softmax runs over axis {dim} of {rank}, which is neither queries nor keys", softmax)
     path = [softmax]
-    product, weights_first, key_last, dropout = _forward(softmax, dim == -1, path)
+    backward = joint.backward_of(softmax)
+    if backward is None:
+        product, weights_first, key_last, dropout = _forward(softmax, dim == -1, path)
+    else:
+        output = joint.output_of(softmax, backward, dim == -1, path)
+        product, weights_first, key_last, dropout = output.user, output.left, output.way.key_last, 0.0
     if weights_first != key_last:
         raise NotAttention(
             f"the softmax runs over axis {dim}, but the product with the values sums over the other axis: "
@@ -182,8 +156,10 @@ def _match_softmax(context: Context, softmax: fx.Node) -> Site:
     shown = "" if mask == "none" else " + causal mask" if mask == "causal" else f" + {mask}"
     spelling = "softmax(q @ kᵀ" + (" * s" if walk.scaled else "") + shown + ") @ v"
     exact = f"{stays}; it stays as it was" if stays else ""
-    exact = exact or (f"no low-rank form for a {mask} that is not provably causal" if terms else "")
-    exact = exact or (f"dropout with p={dropout} on the weights" if dropout else "")
+    large = next((per_pair(t.node) for t in terms if not t.causal and per_pair(t.node)), "")
+    reasons = [f"no low-rank form for a {mask} that is not provably causal{large}"] if terms else []
+    reasons += [f"dropout with p={dropout} on the weights"] if dropout else []
+    exact = exact or "; ".join(reasons)
     if is_paper_form(q.node, k.node, v.node):
         spelling = spelling.replace("q @ kᵀ", "X W Xᵀ").replace("@ v", "X W_V")
     if context.autocast(product) is None:
@@ -191,7 +167,14 @@ def _match_softmax(context: Context, softmax: fx.Node) -> Site:
     path.append(scores)
     causal = walk.causal and not terms
     held = tuple(term.node for term in (*terms, *walk.factors))
-    site = _site(context, product, path, q, k, v, batch, score_batch, walk.scale, causal, spelling, False, held)
+    gradients = None
+    if backward is not None and exact:
+        stays = stays or joint.STANDS
+        exact = exact if walk.left else f"{exact}; it stays as it was: {stays}"
+    elif backward is not None:
+        gradients = joint.gradients(softmax, backward, dim == -1, walk, (q, k, v))
+        spelling += ", and its gradients"
+    site = build_site(context, product, path, q, k, v, batch, score_batch, walk.scale, causal, spelling, False, held)
     return dataclasses.replace(
         site,
         out_transposed=not weights_first,
@@ -202,7 +185,9 @@ def _match_softmax(context: Context, softmax: fx.Node) -> Site:
         mask=mask,
         exact=exact,
         kept=bool(stays),
+        gradients=gradients,
         scale=math.nan if walk.left else walk.scale,
+        sizes=tuple(walk.sizes),
     )
 
 
@@ -236,6 +221,13 @@ def _forward(softmax: fx.Node, key_last: bool, path: list[fx.Node]) -> tuple[fx.
         node = user
 
 
+def _narrowed(site: Site) -> str:
+    """Why torch's fused attention would lose digits: autocast gives it a bias in the dtype of the queries."""
+    wide = [term.node.meta["val"].dtype for term in site.terms if term.added]
+    wide = [d for d in wide if site.cast is not None and d.is_floating_point and d.itemsize > site.cast.itemsize]
+    return f"autocast would round the bias from {wide[0]} to {site.cast}" if wide else ""
+
+
 def _check_precision(softmax: fx.Node, product: fx.Node, path: list[fx.Node]) -> None:
     """The softmax is at least as precise as the scores, and the weights as the output."""
     source = softmax.args[0]
@@ -252,7 +244,7 @@ def _check_precision(softmax: fx.Node, product: fx.Node, path: list[fx.Node]) ->
 
 def _grouped(site: Site) -> Site:
     """The site with its keys and values before they were repeated for groups of queries."""
-    if site.exact or site.grouped or len(site.batch) != 2 or not same_sizes(site.q.batch, site.batch):
+    if site.exact or site.grouped or site.gradients or len(site.batch) != 2 or not same_sizes(site.q.batch, site.batch):
         return site
     found = ungroup(site.k, site.v) if same_sizes(site.score_batch, site.batch) else None
     if found is None:
@@ -260,71 +252,6 @@ def _grouped(site: Site) -> Site:
     k, v = found
     kv_heads = named_shape(kv_heads=k.batch[-1])
     return dataclasses.replace(site, k=k, v=v, grouped=True, shape={**site.shape, **kv_heads})
-
-
-def _site(
-    context: Context,
-    out: fx.Node,
-    path: list[fx.Node],
-    q: Operand,
-    k: Operand,
-    v: Operand,
-    batch: tuple[Any, ...] | None,
-    score_batch: tuple[Any, ...] | None,
-    scale: float,
-    causal: bool,
-    spelling: str,
-    grouped: bool,
-    held: tuple[fx.Node, ...] = (),
-) -> Site:
-    """The last checks (dtypes, regions, mutation), then the site."""
-    if batch is None or score_batch is None:
-        raise NotAttention("the batch axes of q, k and v do not broadcast in a way that is known when compiling", out)
-    context.check_one_region([*path, out], out)
-    context.check_stable(path, (q.node, k.node, v.node, *held), out)
-    cast = context.autocast(out)
-    dtypes = [operand.value.dtype for operand in (q, k, v)] + [out.meta["val"].dtype]
-    if any(dtype not in DTYPES for dtype in dtypes):
-        raise NotAttention(f"attention in {', '.join(sorted({str(d) for d in dtypes}))}", out)
-    if cast is None and len(set(dtypes)) != 1:
-        raise NotAttention(f"q, k, v and the output have different dtypes: {', '.join(map(str, dtypes))}", out)
-    heads = batch[-1] if batch else 1
-    rest = batch[:-1]
-    whole = (
-        rest[0]
-        if len(rest) == 1
-        else math.prod(rest)
-        if all(isinstance(s, int) for s in rest)
-        else "*".join(map(str, rest))
-    )
-    sizes = named_shape(
-        batch=whole,
-        heads=heads,
-        kv_heads=k.batch[-1] if grouped else heads,
-        n_q=q.tokens,
-        n_k=k.tokens,
-        d=q.features,
-        e=v.features,
-    )
-    return Site(
-        index=0,
-        q=q,
-        k=k,
-        v=v,
-        out=out,
-        out_transposed=False,
-        batch=batch,
-        score_batch=score_batch,
-        grouped=grouped,
-        scale=scale,
-        causal=causal,
-        mask="causal" if causal else "none",
-        where=where(out),
-        spelling=spelling,
-        owners=owners(q.node, k.node, context.parameters),
-        shape=sizes,
-        cast=cast,
-    )
 
 
 def _operands(product: fx.Node) -> tuple[fx.Node, fx.Node]:

@@ -10,6 +10,8 @@ Dynamo made (so symbolic sizes survive and nothing is specialised). What the tra
   bodies of
   ``tag_activation_checkpoint`` are normalised themselves and keep their ``.meta``; all others are left as they are;
 * tensors held by the graph module (``get_attr``): lifted to inputs for the trace, and put back afterwards;
+* transforms of torch.func (grad, vjp, vmap, ...): such a graph is traced below autograd instead, so that an attention
+  and its gradients stand in it side by side (:mod:`polyattn.passes.joint`);
 * in-place calls on tensors the graph itself has just made (``scores.masked_fill_(...)``) become their functional form;
   every other in-place call stays in the graph, and matching takes care around it.
 
@@ -38,6 +40,7 @@ from torch.fx.experimental.proxy_tensor import (
 )
 
 _TRACE_LOCK = threading.RLock()  # make_fx and preserve_node_meta keep module-level state
+_TRANSFORMS = ("torch._functorch", "torch._C._functorch")
 _PLACEHOLDER_META = ("tensor_dict", "grapharg", "steal_arg", "nn_module_stack", "stack_trace")
 
 
@@ -52,7 +55,7 @@ def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModu
     with _TRACE_LOCK:
         mode = detect_fake_mode(list(example_inputs)) or FakeTensorMode(allow_non_fake_inputs=False)
         fakes = [_fake(mode, value) for value in example_inputs]
-        result = _trace(gm, fakes, mode)
+        result = _trace(gm, fakes, mode, pre_dispatch=not has_transforms(gm))
     _copy_placeholders(gm, result)
     result.meta.update(gm.meta)
     if hasattr(gm, "_param_name_to_source"):
@@ -67,6 +70,12 @@ def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModu
     result.graph.lint()
     result.recompile()
     return result
+
+
+def has_transforms(gm: fx.GraphModule) -> bool:
+    """Whether a Dynamo graph calls transforms of torch.func (grad, vjp, jacrev, vmap, …)."""
+    calls = (node.target for node in gm.graph.nodes if node.op == "call_function")
+    return any((getattr(target, "__module__", None) or "").startswith(_TRANSFORMS) for target in calls)
 
 
 def checkpoint_body(node: fx.Node) -> fx.GraphModule | None:
@@ -97,10 +106,13 @@ def _fake(mode: FakeTensorMode, value: Any) -> Any:
 class _Tracer(fx.Interpreter):
     """Runs a Dynamo graph while make_fx records; higher-order operators become calls, tensors of the module inputs."""
 
-    def __init__(self, gm: fx.GraphModule, held: dict[str, Any], mode: FakeTensorMode) -> None:
+    def __init__(self, gm: fx.GraphModule, held: dict[str, Any], mode: FakeTensorMode, pre_dispatch: bool) -> None:
         super().__init__(gm)
         self.held = held
         self.mode = mode
+        self.pre_dispatch = pre_dispatch
+        self.outside: list[tuple[str, torch.dtype, bool]] = []
+        """What autocast was outside the regions that the trace is in: the values inside have the region's dtypes."""
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self.held[target] if target in self.held else super().get_attr(target, args, kwargs)
@@ -108,7 +120,19 @@ class _Tracer(fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if isinstance(target, HigherOrderOperator):
             return self._higher_order(target, args, kwargs)
-        return super().call_function(target, args, kwargs)
+        made = super().call_function(target, args, kwargs)
+        if target is torch.amp.autocast_mode._enter_autocast:  # make_fx has only recorded it
+            device, dtype, enabled = args[:3]
+            self.outside.append((device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)))
+            _set_autocast(device, dtype, enabled)
+        elif target is torch.amp.autocast_mode._exit_autocast:
+            _set_autocast(*self.outside.pop())
+        return made
+
+    def leave_regions(self) -> None:
+        """Autocast as it was before the trace, also where that ended inside a region."""
+        while self.outside:
+            _set_autocast(*self.outside.pop())
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A submodule with the inputs that stand for its tensors (Dynamo inlines modules; other tracers keep them)."""
@@ -123,7 +147,7 @@ class _Tracer(fx.Interpreter):
         with disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
             if target is torch.ops.higher_order.tag_activation_checkpoint and isinstance(args[0], fx.GraphModule):
                 inner = [_detached_fake(self.mode, value) for value in args[1:]]
-                body = _trace(args[0], inner, self.mode)
+                body = _trace(args[0], inner, self.mode, self.pre_dispatch)
                 body.meta.update(args[0].meta)
                 args = (body, *args[1:])
                 result = pytree.tree_map(lambda node: _value(node), body.graph.output_node().args[0])
@@ -148,6 +172,12 @@ class _Tracer(fx.Interpreter):
         return super().run_node(n)
 
 
+def _set_autocast(device: str, dtype: torch.dtype | None, enabled: bool) -> None:
+    torch.set_autocast_enabled(device, enabled)
+    if dtype is not None:
+        torch.set_autocast_dtype(device, dtype)
+
+
 def _value(node: Any) -> Any:
     return node.meta["val"] if isinstance(node, fx.Node) else node
 
@@ -161,7 +191,7 @@ def _detached_fake(mode: FakeTensorMode, value: Any) -> Any:
         return fresh.requires_grad_(value.requires_grad and value.dtype.is_floating_point)
 
 
-def _trace(gm: fx.GraphModule, fakes: Sequence[Any], mode: FakeTensorMode) -> fx.GraphModule:
+def _trace(gm: fx.GraphModule, fakes: Sequence[Any], mode: FakeTensorMode, pre_dispatch: bool) -> fx.GraphModule:
     """make_fx of the graph; tensors held by the module come back as attributes of the result."""
     held: dict[str, torch.Tensor] = {}
     for node in gm.graph.nodes:
@@ -174,14 +204,18 @@ def _trace(gm: fx.GraphModule, fakes: Sequence[Any], mode: FakeTensorMode) -> fx
     count = len(fakes)
 
     def run(*values: Any) -> Any:
-        return _Tracer(gm, dict(zip(names, values[count:], strict=True)), mode).run(*values[:count])
+        tracer = _Tracer(gm, dict(zip(names, values[count:], strict=True)), mode, pre_dispatch)
+        try:
+            return tracer.run(*values[:count])
+        finally:
+            tracer.leave_regions()
 
     extra = [mode.from_tensor(value, static_shapes=True) for value in held.values()]
     with contextlib.ExitStack() as stack:
         if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not mode:
             stack.enter_context(mode)
         stack.enter_context(torch.fx.traceback.preserve_node_meta())
-        result = make_fx(run, pre_dispatch=True, tracing_mode="real")(*fakes, *extra)
+        result = make_fx(run, pre_dispatch=pre_dispatch, tracing_mode="real")(*fakes, *extra)
     placeholders = [node for node in result.graph.nodes if node.op == "placeholder"]
     for name, node in zip(names, placeholders[count:], strict=True):
         _hold(result, name, held[name])

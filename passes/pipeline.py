@@ -16,13 +16,16 @@ import torch.fx as fx
 
 from polyattn.passes.dead import drop_dead
 from polyattn.passes.fused_layers import open_fused_layers
+from polyattn.passes.joint import AGAIN
 from polyattn.passes.match import SOFTMAX, match
-from polyattn.passes.normalize import checkpoint_body, normalize
+from polyattn.passes.normalize import checkpoint_body, has_transforms, normalize
 from polyattn.passes.products import unify_products
 from polyattn.passes.scores import FLOWS
 from polyattn.passes.site import Refusal, Site
 from polyattn.passes.softmaxes import unify_softmaxes
-from polyattn.passes.splice import splice, splice_exact
+from polyattn.passes.splice import splice, splice_exact, splice_gradients
+from polyattn.passes.training import needing, needing_inputs
+from polyattn.passes.views import tidy_views
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,33 +44,53 @@ def run(
     example_inputs: Sequence[Any],
     *,
     op: Callable[..., Any],
+    backward_op: Callable[..., Any],
     graph_id: str,
     options: str,
     version: str,
+    masked_op: Callable[..., Any] | None = None,
 ) -> Result:
-    """All passes over a Dynamo graph, which is not changed. Arguments: see :func:`polyattn.passes.splice.splice`."""
+    """All passes over a Dynamo graph, which is not changed.
+
+    Arguments: see :func:`polyattn.passes.splice.splice`, and :func:`polyattn.passes.splice.splice_exact` for
+    ``masked_op``; without it, attention with an added mask stays as it is written in training.
+    """
     normal = normalize(gm, example_inputs)
     training = torch.is_grad_enabled() and any(
         isinstance(value, torch.Tensor) and value.requires_grad for value in example_inputs
     )
     sites: list[tuple[str, Site]] = []
     refusals: list[Refusal] = []
+    if not training:
+        masked_op = None
+    given = needing(normal, needing_inputs(normal, example_inputs)) if masked_op is not None else frozenset()
     for module, parameters in _graphs(normal, _parameters(normal, example_inputs)):
+        if has_transforms(gm):
+            tidy_views(module.graph)
         drop_dead(module.graph)
         open_fused_layers(module.graph)
         unify_softmaxes(module.graph)
         unify_products(module.graph, FLOWS, SOFTMAX)
-        found = match(module.graph, parameters, first_index=len(sites), training=training)
+        needs = needing(module, given) if masked_op is not None else None
+        found = match(module.graph, parameters, first_index=len(sites), training=training, needs=needs)
         refusals.extend(found.refusals)
+        if training and has_transforms(gm):  # traced below autograd: right, but not to be differentiated again
+            refusals.extend(Refusal(AGAIN, site.out.name, site.where) for site in found.sites)
+            continue
         for site in found.sites:
             sites.append((f"{graph_id}/{site.index}", site))
         # later sites first: an operand of a later site may be the output of an earlier one, which splicing replaces
+        calls = {}
         for site in reversed(found.sites):
             if site.exact:
                 if not site.kept:
-                    splice_exact(site)
+                    splice_exact(site, masked_op, version)
             else:
-                splice(site, op, f"{graph_id}/{site.index}", options, version)
+                calls[site.index] = splice(site, op, f"{graph_id}/{site.index}", options, version)
+        # and earlier ones first: what arrives at an earlier output comes from the gradients of a later site
+        for site in found.sites:
+            if site.gradients is not None:
+                splice_gradients(site, calls[site.index], backward_op, version)
         module.graph.lint()
         module.recompile()
     changed = any(not site.kept for _, site in sites)

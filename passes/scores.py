@@ -52,12 +52,16 @@ class Walk:
 
     key_last: bool
     scale: float = 1.0
+    sizes: list[tuple[fx.Node, int]] = dataclasses.field(default_factory=list)
+    """Dynamic sizes that the scores are multiplied by (1) or divided by (-1) beside ``scale``."""
     scaled: bool = False
     causal: bool = False
     terms: list[Term] = dataclasses.field(default_factory=list)
     """Masks and biases, from the softmax back to the product; those that are provably causal are marked so."""
     factors: list[Term] = dataclasses.field(default_factory=list)
     """Tensors that scale whole rows of scores: they go to the queries."""
+    masks: list[tuple[fx.Node, bool]] = dataclasses.field(default_factory=list)
+    """What filled or was added, even where it hides nothing; and whether its last axes are (key, query)."""
     left: str = ""
     """Why the attention, although it is one, must stay as it is written."""
 
@@ -135,11 +139,15 @@ def _scale(node: fx.Node, walk: Walk) -> fx.Node:
         raise NotAttention("the scores are divided with rounding", node)
     if isinstance(right, fx.Node) and torch.is_tensor(right.meta.get("val")):
         return _scale_by_tensor(node, walk, left, right)
-    if isinstance(right, fx.Node):
-        raise NotAttention("the scale depends on a dynamic size", node)
-    factor = number(right, node)
     if not isinstance(left, fx.Node):
         raise NotAttention("a number is divided by the scores", node)
+    if isinstance(right, fx.Node):
+        if not axes.positive(right.meta["val"]):
+            raise NotAttention("the scale is a dynamic number that may not be positive", node)
+        walk.sizes.append((right, 1 if packet(node) is _aten.mul else -1))
+        walk.scaled = True
+        return left
+    factor = number(right, node)
     if packet(node) is _aten.div and factor == 0:
         raise NotAttention("the scores are divided by zero", node)
     walk.scale = walk.scale * factor if packet(node) is _aten.mul else walk.scale / factor
@@ -220,8 +228,13 @@ def _filled(context: Context, node: fx.Node, walk: Walk) -> fx.Node:
         kind = mask.meta["val"].dtype if isinstance(mask, fx.Node) else type(mask).__name__
         raise NotAttention(f"the mask is {kind}, not bool", node)
     causal = _proved(context, mask, node, scores, walk, keep, not keep)
-    _keep(walk, node, scores, mask, causal, added=False, keep=keep, fill=float(value) * walk.scale)
+    _keep(walk, node, scores, mask, causal, added=False, keep=keep, fill=_rounded(float(value) * walk.scale, node))
     return scores
+
+
+def _rounded(value: float, node: fx.Node) -> float:
+    """A number as the scores hold it: the smallest one, multiplied, is -inf."""
+    return float(torch.tensor(value, dtype=node.meta["val"].dtype))
 
 
 def _proved(
@@ -236,6 +249,8 @@ def _proved(
 
 def _least(walk: Walk) -> float:
     """What masks a score here: FILL, once the scales that follow have been applied."""
+    if walk.sizes:
+        return -math.inf
     return FILL / walk.scale if walk.scale > 0 else FILL
 
 
@@ -243,11 +258,13 @@ def _keep(walk: Walk, node: fx.Node, scores: fx.Node, other: fx.Node, causal: bo
     """Record a mask or bias; one that hides nothing is dropped."""
     if walk.scale <= 0:
         raise NotAttention(f"a mask is multiplied by {walk.scale}", node)
-    if walk.factors and (causal is None or how["added"] or how["fill"] != -math.inf):
-        raise NotAttention("a mask or bias is multiplied by a tensor", node)
+    if (walk.factors or walk.sizes) and (causal is None or how["added"] or how["fill"] != -math.inf):
+        by = "a tensor" if walk.factors else "a dynamic size"
+        raise NotAttention(f"a mask or bias is multiplied by {by}", node)
     if not same_sizes(shape(scores), shape(node)):
         raise NotAttention("the mask broadcasts the scores", node)
     walk.causal |= causal is True
+    walk.masks.append((other, not walk.key_last))
     if causal is not False:
         batch = tuple(shape(scores)[:-2])
         walk.terms.append(Term(other, batch, not walk.key_last, causal=causal is True, **how))
@@ -279,7 +296,8 @@ def causal_mask(
     if drop is None:
         lowest = min((v for _, v in value.pieces if not isinstance(v, bool)), default=0.0)
         drop = lowest if lowest <= least else -math.inf
-    verdict = masks.causal(value if key_last else value.transposed(), keep=keep, drop=drop)
+    reached = value.within(*pair)
+    verdict = masks.causal(reached if key_last else reached.transposed(), keep=keep, drop=drop)
     if verdict is None:
         raise NotAttention(f"the mask is not causal: {masks.describe(value)}", node)
     return verdict

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 from typing import Any
@@ -59,6 +60,21 @@ class Operand:
 
 
 @dataclasses.dataclass(frozen=True)
+class Gradients:
+    """The gradients of an attention that stand in its own graph, each of the shape of its operand or None."""
+
+    g: Operand
+    """The gradient of the output; its batch axes may be grouped otherwise."""
+    dq: Operand | None
+    dk: Operand | None
+    dv: Operand | None
+
+    @property
+    def given(self) -> tuple[Operand | None, ...]:
+        return self.dq, self.dk, self.dv
+
+
+@dataclasses.dataclass(frozen=True)
 class Site:
     """One attention: ``out = softmax(scale * q kᵀ [causal]) v``, with q, k, v nodes of the normalised graph."""
 
@@ -76,6 +92,7 @@ class Site:
     grouped: bool
     """True when k and v have fewer heads and serve groups of query heads."""
     scale: float
+    """The numbers that the scores are multiplied by."""
     causal: bool
     mask: str
     """``none`` or ``causal``; else what the terms are."""
@@ -89,12 +106,24 @@ class Site:
     """Masks and biases of an exact site, from the softmax back to the product; a causal one is among them."""
     factors: tuple[Term, ...] = ()
     """Tensors that the queries are multiplied by (``factor`` 1) or divided by (-1)."""
+    sizes: tuple[tuple[fx.Node, int], ...] = ()
+    """Dynamic sizes (and what is computed from them) that the scores are multiplied by (1) or divided by (-1)."""
+    by_head_dim: bool = False
+    """The scores are divided by the root of a head dim that is dynamic, as torch's own attention does."""
     dropout: float = 0.0
     """Probability of dropping a weight."""
     exact: str = ""
-    """Why there is no low-rank form; empty where there is one. Such a site becomes ``scaled_dot_product_attention``."""
+    """Why there is no low-rank form; empty where there is one. Such a site becomes ``scaled_dot_product_attention``, or
+    the operator for added masks in training."""
     kept: bool = False
     """The site is such a call already and stays."""
+    gradients: Gradients | None = None
+    """Of attention that arrives already differentiated; replaced together with it."""
+
+    @property
+    def known_scale(self) -> float:
+        """The scale, NaN where it depends on a dynamic size."""
+        return math.nan if self.sizes or self.by_head_dim else self.scale
 
 
 def where(node: fx.Node) -> str:

@@ -99,7 +99,12 @@ def _argument(e: fx.Node, dim: int) -> fx.Node:
     top: Any = shift
     while packet(top) in _IDLE or getattr(top.target, "__name__", "") == "getitem":
         top = top.args[0]
-    if packet(top) not in _MAXIMA or top.args[0] is not scores or not bool(argument(top, 2, "keepdim", False)):
+    if packet(top) not in _MAXIMA or not bool(argument(top, 2, "keepdim", False)):
+        return x
+    whose: Any = top.args[0]
+    while packet(whose) in _IDLE:
+        whose = whose.args[0]
+    if whose is not scores:
         return x
     dims = argument(top, 1, "dim")
     dims = [dims] if isinstance(dims, int) else dims

@@ -8,6 +8,7 @@ autocast region; what only the old spelling needed is removed, everything else s
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from polyattn.passes.axes import packet, same_sizes
+from polyattn.passes.axes import packet, same_sizes, shape
 from polyattn.passes.bias import attn_mask, place
 from polyattn.passes.site import Operand, Site
 from polyattn.passes.writer import SizedWriter
@@ -30,7 +31,7 @@ def splice(site: Site, op: Callable[..., Any], identifier: str, options: str, ve
     Args:
         site: a match of this very graph.
         op: ``torch.ops.polyattn.attention.default`` (q, k, v, owners, scale, causal, site, options, version) ->
-        (out, ...).
+        (out, stat, ..., plan).
         identifier: unique name of the site in this process.
         options: ``Options.key()``.
         version: hash of the package's sources.
@@ -40,25 +41,75 @@ def splice(site: Site, op: Callable[..., Any], identifier: str, options: str, ve
     """
     write = SizedWriter(site.out, (site.q.node, site.k.node, site.v.node))
     q, k, v = _operands(write, site)
-    call = write.call(op, q, k, v, list(site.owners), site.scale, site.causal, identifier, options, version)
+    call = write.call(op, q, k, v, list(site.owners), _scale(write, site), site.causal, identifier, options, version)
     _replace(write, site, write.call(operator.getitem, call, 0))
     return call
 
 
-def splice_exact(site: Site) -> fx.Node:
+def splice_gradients(site: Site, call: fx.Node, backward: Callable[..., Any], version: str) -> None:
+    """Put the operator's backward in the place of the gradients that stand in the graph, before the first of them.
+
+    Args:
+        site: a site with gradients, spliced by now; those that ``g`` may come from, later sites, not yet.
+        call: what :func:`splice` returned.
+        backward: ``torch.ops.polyattn.attention_backward.default`` (g, q, k, v, out, stat, plan, scale, causal,
+        version, needs) -> (dq, dk, dv).
+
+    Raises:
+        SpliceError: as :func:`splice`.
+    """
+    assert site.gradients is not None
+    given = [gradient.node for gradient in site.gradients.given if gradient is not None]
+    if not given:
+        return
+    order = {node: position for position, node in enumerate(call.graph.nodes)}
+    write = SizedWriter(min(given, key=lambda node: order[node]), (site.gradients.g.node,))
+    g = site.gradients.g.node
+    if site.gradients.g.transposed:
+        g = write.call(_aten.transpose.int, g, -2, -1)
+    g = write.fold(g, site.batch, [site.gradients.g.tokens, site.gradients.g.features])
+    out, stat, plan = (write.call(operator.getitem, call, at) for at in (0, 1, 3))
+    needs = [gradient is not None for gradient in site.gradients.given]
+    made = write.call(backward, g, *call.args[:3], out, stat, plan, call.args[4], site.causal, version, needs)
+    for at, gradient in enumerate(site.gradients.given):
+        if gradient is None:
+            continue
+        write = SizedWriter(gradient.node, (site.gradients.g.node,))
+        result = write.call(operator.getitem, made, at)
+        if gradient.transposed:
+            result = write.call(_aten.transpose.int, result, -2, -1)
+        result = write.call(_aten.reshape.default, result, write.sizes(shape(gradient.node)))
+        if not gradient.value.is_contiguous():
+            _relax_views(gradient.node)
+        result.meta.update(val=gradient.value)
+        write.replace(result)
+
+
+def splice_exact(site: Site, masked: Callable[..., Any] | None = None, version: str = "") -> fx.Node:
     """Put ``scaled_dot_product_attention`` in the place of a site without a low-rank form; returns the call.
+
+    Args:
+        site: a match of this very graph.
+        masked: what takes its place where something is added to the scores, when training:
+        ``torch.ops.polyattn.masked_attention.default`` (q, k, v, mask, kept, fill, scale, version) -> (out, lse).
+        version: as for :func:`splice`.
 
     Raises:
         SpliceError: as :func:`splice`.
     """
     write = SizedWriter(site.out, (site.q.node, site.k.node, site.v.node))
     q, k, v = _operands(write, site)
+    if masked is not None and any(term.added for term in site.terms):
+        call = write.call(masked, q, k, v, *_apart(write, site), _scale(write, site), version)
+        _replace(write, site, write.call(operator.getitem, call, 0))
+        return call
     mask, boolean = attn_mask(write, site.terms, site.batch) if site.terms else (None, False)
     given = mask
     if mask is not None and not boolean:
-        mask = given = write.call(_aten.to.dtype, mask, site.cast or site.q.value.dtype)
+        mask = given = _in_dtype(write, mask, site)
+    scale = _scale(write, site)
     call = write.call(_aten.scaled_dot_product_attention.default, q, k, v, given, site.dropout, site.causal)
-    call.kwargs = {"scale": site.scale}
+    call.kwargs = {"scale": scale}
     result = call
     if mask is not None:
         # Torch's kernels return 0 for a row in which nothing is kept; the softmax that stood here did not.
@@ -73,6 +124,41 @@ def splice_exact(site: Site) -> fx.Node:
         result = write.call(where_, none, other, call)
     _replace(write, site, result)
     return call
+
+
+def _apart(write: SizedWriter, site: Site) -> tuple[fx.Node, fx.Node | None, float]:
+    """What is added to the scores; where they are kept, or None; and what the others become then."""
+    added, _ = attn_mask(write, [term for term in site.terms if term.added], site.batch)
+    filled = [term for term in site.terms if not term.added]
+    if not filled:
+        return added, None, 0.0
+    kept, _ = attn_mask(write, filled, site.batch)
+    return added, kept, filled[0].fill
+
+
+def _in_dtype(write: SizedWriter, mask: fx.Node, site: Site) -> fx.Node:
+    """An added mask in a dtype that torch's attention takes beside q; a smallest number stays one, and no -inf."""
+    dtype = site.cast or site.q.value.dtype
+    given = functools.reduce(torch.promote_types, (term.node.meta["val"].dtype for term in site.terms if term.added))
+    if given.is_floating_point and torch.finfo(given).max > torch.finfo(dtype).max:
+        # On a CPU float32 is taken beside half precision, except by autocast and with dropout, which cast it.
+        if dtype.itemsize == 2 and site.q.value.device.type == "cpu" and site.cast is None and not site.dropout:
+            dtype = torch.float32
+        limits = torch.finfo(dtype)
+        if torch.finfo(given).max > limits.max:
+            near = write.call(_aten.clamp.default, mask, limits.min, limits.max)
+            mask = write.call(_aten.where.self, write.call(_aten.isinf.default, mask), mask, near)
+    return write.call(_aten.to.dtype, mask, dtype)
+
+
+def _scale(write: SizedWriter, site: Site) -> Any:
+    """The scale: a number, or a node where it depends on a dynamic size."""
+    scale: Any = site.scale
+    for node, power in site.sizes:
+        scale = write.call(operator.mul if power > 0 else operator.truediv, scale, node)
+    if site.by_head_dim:
+        scale = write.call(operator.mul, scale, write.call(operator.pow, write.size(site.q.features), -0.5))
+    return scale
 
 
 def _operands(write: SizedWriter, site: Site) -> tuple[fx.Node, fx.Node, fx.Node]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +24,19 @@ META = (
     "ac_graph_id",
 )
 """What a new node takes over: its source line, its module, its region of activation checkpointing."""
+
+
+def autocast_regions(node: fx.Node) -> list[tuple[str, torch.dtype | None, bool]]:
+    """The autocast regions of its graph that a node stands in, outermost first: device, dtype, whether it is on."""
+    regions: list[Any] = []
+    for other in node.graph.nodes:
+        if other is node:
+            break
+        if other.target is torch.amp.autocast_mode._enter_autocast:
+            regions.append(other.args[:3])
+        elif other.target is torch.amp.autocast_mode._exit_autocast:
+            regions.pop()
+    return regions
 
 
 class Writer:
@@ -47,11 +61,18 @@ class Writer:
 class ValuedWriter(Writer):
     """Gives every call its fake value too, for the passes that read it."""
 
+    def __init__(self, node: fx.Node) -> None:
+        super().__init__(node)
+        self.regions = autocast_regions(node)
+
     def call(self, target: Callable[..., Any], *args: Any) -> fx.Node:
         made = super().call(target, *args)
         values = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
-        with self.node.meta["val"].fake_mode, torch.no_grad():
-            made.meta["val"] = target(*values)
+        with contextlib.ExitStack() as stack:
+            for device, dtype, enabled in self.regions:
+                stack.enter_context(torch.autocast(device, dtype, enabled, cache_enabled=False))
+            with self.node.meta["val"].fake_mode, torch.no_grad():
+                made.meta["val"] = target(*values)
         return made
 
     def permute(self, node: fx.Node, order: Sequence[int]) -> fx.Node:

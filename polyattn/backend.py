@@ -88,13 +88,15 @@ def _passes(
 ) -> tuple[fx.GraphModule | None, Report]:
     import torch
 
-    from polyattn import ops
+    from polyattn import masked, ops  # noqa: F401  (registers an operator)
     from polyattn.passes import pipeline
 
     result = pipeline.run(
         gm,
         example_inputs,
         op=torch.ops.polyattn.attention.default,
+        backward_op=torch.ops.polyattn.attention_backward.default,
+        masked_op=torch.ops.polyattn.masked_attention.default,
         graph_id=graph_id,
         options=options.key(),
         version=ops.VERSION,

@@ -38,6 +38,7 @@ class SiteReport:
     mask: str
     """``none``, ``causal``, or what else is added to or put in place of the scores."""
     scale: float
+    """NaN where it depends on a dynamic size."""
     compiled_shape: dict[str, int | str]
     """Sizes by name when compiled; symbolic ones as text."""
     options: Options
@@ -46,7 +47,7 @@ class SiteReport:
 
     @classmethod
     def of(cls, identifier: str, site: Site, options: Options) -> SiteReport:
-        form = (site.where, site.spelling, site.causal, site.mask, site.scale, site.shape)
+        form = (site.where, site.spelling, site.causal, site.mask, site.known_scale, site.shape)
         return cls(identifier, *form, options, site.exact)
 
     @property
@@ -228,7 +229,8 @@ class SiteReport:
         }
 
     def __str__(self) -> str:
-        lines = [self.where, f"  {self.spelling}", f"  {self.shape_text}   scale={self.scale:.6g}   mask={self.mask}"]
+        scale = "of a dynamic size" if math.isnan(self.scale) and not self.exact else f"{self.scale:.6g}"
+        lines = [self.where, f"  {self.spelling}", f"  {self.shape_text}   scale={scale}   mask={self.mask}"]
         states = self.states
         if self.exact:
             lines += textwrap.wrap(f"EXACT: {self.exact}", 110, initial_indent="  ", subsequent_indent="    ")

@@ -9,67 +9,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-
-import polyattn.ops  # noqa: F401  (registers the operator)
-from polyattn.backend import compile_graph
-from polyattn.options import Options
-from polyattn.report import Report
+from matching import INF, check, check_precision, compile_and_report, refused
 
 N, D, E = 10, 8, 6
-INF = float("inf")
-
-
-def compile_and_report(
-    function: Callable[..., Any], *, dynamic: bool | None = False
-) -> tuple[Callable[..., Any], list[Report]]:
-    found: list[Report] = []
-    options = Options(policy="exact", inner="eager")
-
-    def backend(gm: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        return compile_graph(gm, example_inputs, options, found.append)
-
-    torch._dynamo.reset()
-    return torch.compile(function, backend=backend, dynamic=dynamic), found
 
 
 def qkv(*batch: int, dtype: torch.dtype = torch.float64, keys: int = N) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = [(*batch, N, D), (*batch, keys, D), (*batch, keys, E)]
     return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
-
-
-def check(
-    function: Callable[..., Any], inputs: list[torch.Tensor], *, sites: int = 1, dynamic: bool | None = False
-) -> Report:
-    """Matched, equal value, equal gradients."""
-    compiled, found = compile_and_report(function, dynamic=dynamic)
-    got, want = compiled(*inputs), function(*inputs)
-    (report,) = found
-    assert report.failure is None, str(report)
-    assert not report.refusals, str(report)
-    assert len(report.sites) == sites
-    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
-    weight = torch.randn(want.shape, generator=torch.Generator().manual_seed(1), dtype=want.dtype)
-    needing = [value for value in inputs if value.requires_grad]
-    torch.testing.assert_close(
-        torch.autograd.grad(got, needing, weight), torch.autograd.grad(want, needing, weight), rtol=1e-8, atol=1e-9
-    )
-    return report
-
-
-def refused(function: Callable[..., Any], inputs: list[torch.Tensor]) -> str:
-    """Refused, and the value is the user's own; returns the reason."""
-    compiled, found = compile_and_report(function)
-    got, want = compiled(*inputs), function(*inputs)
-    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
-    (report,) = found
-    assert report.failure is None, str(report)
-    assert not report.sites, str(report)
-    (refusal,) = report.refusals
-    assert "test_match.py:" in refusal.where
-    assert ", in " in refusal.where
-    assert refusal.node
-    return refusal.reason
 
 
 def causal_scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -248,6 +196,13 @@ def contiguous_everywhere(q, k, v):
     return scores.softmax(-1).clone() @ v.contiguous()
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", sorted(SPELLINGS))
+def test_spelling_in_every_dtype(name: str, dtype: torch.dtype, dynamic: bool) -> None:
+    check_precision(SPELLINGS[name][0], qkv(2, 3), dtype, dynamic)
+
+
 @pytest.mark.parametrize("batch", [(2, 3), (4,), (), (2, 3, 2)], ids=str)
 @pytest.mark.parametrize("name", ["plain", "sdpa_causal_scale", "in_place", "output_transposed"])
 def test_batches(name: str, batch: tuple[int, ...]) -> None:
@@ -271,108 +226,6 @@ def test_spelling(name: str) -> None:
     assert site.shape == {"batch": 2, "heads": 3, "kv_heads": 3, "n_q": N, "n_k": N, "d": D, "e": E}
     assert "test_match.py:" in site.where
     assert f"in {name}" in site.where
-
-
-_PLAIN = ((2, 3, N, D), (2, 3, 7, D), (2, 3, 7, E))
-
-
-def _by_hand(q, k, v, shift, late):
-    scores = q @ k.transpose(-2, -1) * 0.3
-    if shift:
-        scores = scores - scores.amax(-1, keepdim=True)
-    weights = scores.exp()
-    if late:
-        return (weights @ v) / weights.sum(-1, keepdim=True)
-    return weights / weights.sum(dim=-1, keepdim=True) @ v
-
-
-def _sum_unsqueezed(q, k, v):
-    scores = q @ k.transpose(-2, -1)
-    weights = torch.exp(scores - scores.max(dim=-1, keepdim=True).values)
-    return (weights / weights.sum(-1).unsqueeze(-1)) @ v
-
-
-PRODUCTS: dict[str, tuple[Callable[..., torch.Tensor], tuple[tuple[int, ...], ...]]] = {
-    "einsum heads first": (
-        lambda q, k, v: torch.einsum("bhij,bhjd->bhid", torch.einsum("bhid,bhjd->bhij", q, k).mul(0.3).softmax(-1), v),
-        ((2, 3, N, D), (2, 3, 7, D), (2, 3, 7, E)),
-    ),
-    "einsum tokens first": (
-        lambda q, k, v: torch.einsum(
-            "bhqk,bkhd->bqhd", (torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(D)).softmax(dim=-1), v
-        ),
-        ((2, N, 3, D), (2, 7, 3, D), (2, 7, 3, E)),
-    ),
-    "einsum folded heads": (
-        lambda q, k, v: torch.einsum("bij,bjd->bid", torch.einsum("bid,bjd->bij", q * 0.2, k).softmax(-1), v),
-        ((6, N, D), (6, 7, D), (6, 7, E)),
-    ),
-    "einsum one key head": (
-        lambda q, k, v: torch.einsum("bhij,bjd->bhid", torch.einsum("bhid,bjd->bhij", q, k).softmax(-1), v),
-        ((2, 3, N, D), (2, 7, D), (2, 7, E)),
-    ),
-    "einsum one key head, tokens first": (
-        lambda q, k, v: torch.einsum("bhij,bjd->bihd", torch.einsum("bihd,bjd->bhij", q, k).softmax(-1), v),
-        ((2, N, 3, D), (2, 7, D), (2, 7, E)),
-    ),
-    "einsum with dots": (
-        lambda q, k, v: torch.einsum("...ij,...jd->...id", torch.einsum("...id,...jd->...ij", q, k).softmax(-1), v),
-        ((2, 3, N, D), (2, 3, 7, D), (2, 3, 7, E)),
-    ),
-    "einsum keys first": (
-        lambda q, k, v: torch.einsum("bhji,bhjd->bhid", torch.einsum("bhid,bhjd->bhji", q, k).softmax(-2), v),
-        ((2, 3, N, D), (2, 3, 7, D), (2, 3, 7, E)),
-    ),
-    "einsum then matmul": (
-        lambda q, k, v: torch.einsum("bqhd,bkhd->bhqk", q, k).softmax(-1) @ v.transpose(1, 2),
-        ((2, N, 3, D), (2, 7, 3, D), (2, 7, 3, E)),
-    ),
-    "baddbmm": (
-        lambda q, k, v: torch.bmm(
-            torch.baddbmm(q.new_empty(1, 1, 1), q, k.transpose(1, 2), beta=0.0, alpha=0.3).softmax(-1), v
-        ),
-        ((6, N, D), (6, 7, D), (6, 7, E)),
-    ),
-    "bmm": (
-        lambda q, k, v: torch.bmm(torch.softmax(torch.bmm(q, k.transpose(1, 2)), -1), v),
-        ((6, N, D), (6, 7, D), (6, 7, E)),
-    ),
-    "scaled by one number that is learned": (
-        lambda q, k, v, t: ((q @ k.transpose(-2, -1)) * t.exp()).softmax(-1) @ v,
-        ((2, 3, N, D), (2, 3, 7, D), (2, 3, 7, E), ()),
-    ),
-    "scaled by one number per head": (
-        lambda q, k, v, t: (t * (q @ k.transpose(-2, -1)) * 0.5).softmax(-1) @ v,
-        ((2, 3, N, D), (2, 3, 7, D), (2, 3, 7, E), (3, 1, 1)),
-    ),
-    "divided by one number per query": (
-        lambda q, k, v, t: ((q @ k.transpose(-2, -1)) / t.exp()).softmax(-1) @ v,
-        ((2, 3, N, D), (2, 3, 7, D), (2, 3, 7, E), (1, N, 1)),
-    ),
-    "scaled in the transpose": (
-        lambda q, k, v, t: ((k @ q.transpose(-2, -1)) * t).softmax(-2).transpose(-2, -1) @ v,
-        ((2, 3, N, D), (2, 3, 7, D), (2, 3, 7, E), (1, N)),
-    ),
-    "exponentials over their sum": (lambda q, k, v: _by_hand(q, k, v, False, False), _PLAIN),
-    "exponentials of differences to the maximum": (lambda q, k, v: _by_hand(q, k, v, True, False), _PLAIN),
-    "normalised after the values": (lambda q, k, v: _by_hand(q, k, v, False, True), _PLAIN),
-    "normalised after the values, maximum": (lambda q, k, v: _by_hand(q, k, v, True, True), _PLAIN),
-    "sum unsqueezed": (lambda q, k, v: _sum_unsqueezed(q, k, v), _PLAIN),
-    "keys transposed beforehand": (
-        lambda q, k, v: torch.softmax(q @ k.transpose(1, 2).reshape(2, D, 7) * 0.5, -1) @ v,
-        ((2, N, D), (2, 7, D), (2, 7, E)),
-    ),
-}
-
-
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("name", PRODUCTS)
-def test_products_in_any_order(name: str, dynamic: bool) -> None:
-    function, shapes = PRODUCTS[name]
-    generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
-    report = check(function, inputs, dynamic=dynamic)
-    assert report.sites[0].mask == "none"
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -446,10 +299,7 @@ def test_softmax_in_float32_around_half() -> None:
     def function(q, k, v):
         return F.softmax(q @ k.transpose(-2, -1), dim=-1, dtype=torch.float32).to(q.dtype) @ v
 
-    compiled, found = compile_and_report(function)
-    q, k, v = (x.detach().to(torch.bfloat16) for x in qkv(2, 3))
-    torch.testing.assert_close(compiled(q, k, v), function(q, k, v), rtol=3e-2, atol=3e-2)
-    assert len(found[0].sites) == 1
+    check_precision(function, qkv(2, 3), torch.bfloat16, False)
 
 
 def test_two_attentions_in_a_row() -> None:
@@ -463,154 +313,6 @@ def test_two_attentions_in_a_row() -> None:
 def test_self_attention_of_one_tensor() -> None:
     (x, _, _) = qkv(2, 3)
     check(lambda x: (x @ x.transpose(-2, -1)).softmax(-1) @ x, [x])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# near misses: name -> (function, words of the reason)
-
-MISSES: dict[str, tuple[Callable[..., torch.Tensor], str]] = {}
-
-
-def miss(reason: str) -> Callable[[Any], Any]:
-    def register(function: Any) -> Any:
-        MISSES[function.__name__] = (function, reason)
-        return function
-
-    return register
-
-
-@miss("runs over axis -2")
-def softmax_over_queries(q, k, v):
-    return (q @ k.transpose(-2, -1)).softmax(dim=-2) @ v
-
-
-@miss("neither queries nor keys")
-def softmax_over_heads(q, k, v):
-    return (q @ k.transpose(-2, -1)).softmax(dim=1) @ v
-
-
-@miss("set to -1.0: that replaces them")
-def masked_with_minus_one(q, k, v):
-    return (q @ k.transpose(-2, -1)).masked_fill(torch.ones(N, N).tril() == 0, -1.0).softmax(-1) @ v
-
-
-@miss("set to -10000.0 and multiplied by 0.001")
-def masked_with_a_number_that_a_scale_makes_small(q, k, v):
-    scores = (q @ k.transpose(-2, -1)).masked_fill(torch.ones(N, N).tril() == 0, -1e4)
-    return (scores * 1e-3).softmax(-1) @ v
-
-
-@miss("torch.int64 is added")
-def integer_mask(q, k, v):
-    return (q @ k.transpose(-2, -1) + torch.ones(N, N, dtype=torch.long).tril()).softmax(-1) @ v
-
-
-@miss("varies along the keys")
-def scale_of_every_key(q, k, v):
-    return (q @ k.transpose(-2, -1) * k.mean(-1)[..., None, :]).softmax(-1) @ v
-
-
-@miss("multiplied by a tensor")
-def bias_before_a_tensor(q, k, v):
-    return ((q @ k.transpose(-2, -1) + k.mean(-1)[..., None, :]) * q.abs().mean()).softmax(-1) @ v
-
-
-@miss("a number is added")
-def shifted(q, k, v):
-    return (q @ k.transpose(-2, -1) + 1.0).softmax(-1) @ v
-
-
-@miss("weights are used elsewhere")
-def weights_also_returned(q, k, v):
-    weights = (q @ k.transpose(-2, -1)).softmax(-1)
-    return weights @ v + weights.sum()
-
-
-@miss("scores are used elsewhere")
-def scores_also_returned(q, k, v):
-    scores = q @ k.transpose(-2, -1)
-    return scores.softmax(-1) @ v + scores.mean()
-
-
-@miss("pass through mul before")
-def weights_scaled(q, k, v):
-    return ((q @ k.transpose(-2, -1)).softmax(-1) * 0.5) @ v
-
-
-@miss("pass through detach")
-def detached_scores(q, k, v):
-    return (q @ k.transpose(-2, -1)).detach().softmax(-1) @ v
-
-
-@miss("no_grad or autocast region")
-def scores_without_grad(q, k, v):
-    with torch.no_grad():
-        scores = q @ k.transpose(-2, -1)
-    return scores.softmax(-1) @ v
-
-
-@miss("changed in place on the way")
-def values_changed(q, k, v):
-    v = v * 1
-    k = k * 1
-    scores = q.detach() @ k.detach().transpose(-2, -1)
-    weights = scores.softmax(-1)
-    k.add_(1.0)
-    return weights @ v + k.sum()
-
-
-@miss("multiplied by -1.0")
-def mask_with_negative_scale(q, k, v):
-    scores = (q @ k.transpose(-2, -1)).masked_fill(torch.ones(N, N).tril() == 0, -INF)
-    return torch.nan_to_num((scores * -1.0).softmax(-1) @ v)
-
-
-@miss("mixes the query and key axes")
-def mixed_view(q, k, v):
-    return (q @ k.transpose(-2, -1)).reshape(2, 3, N * N).softmax(-1).reshape(2, 3, N, N) @ v
-
-
-@miss("einsum, which is not matched yet")
-def einsum_with_a_sum_of_its_own(q, k, v):
-    return torch.einsum("bhqk,bhke->bhq", (q @ k.transpose(-2, -1)).softmax(-1), v)
-
-
-@miss("pass through sum")
-def scores_are_no_product(q, k, v):
-    return (q[..., :, None, :] - k[..., None, :, :]).square().sum(-1).softmax(-1) @ v
-
-
-@miss("not a product of queries and keys")
-def scores_are_an_input(q, k, v):
-    return q.softmax(-1) @ v[..., :D, :]
-
-
-@miss("cast from torch.float64 to torch.float32")
-def down_cast(q, k, v):
-    return (q @ k.transpose(-2, -1)).float().softmax(-1).double() @ v
-
-
-@pytest.mark.parametrize("name", sorted(MISSES))
-def test_near_miss(name: str) -> None:
-    function, words = MISSES[name]
-    assert words in refused(function, qkv(2, 3))
-
-
-def test_what_is_thrown_away_does_not_count_as_a_use() -> None:
-    def function(q, k, v):
-        scores = q @ k.transpose(-2, -1)
-        weights = scores.softmax(-1)
-        scores.clone(), weights.mean(1)
-        return weights @ v
-
-    check(function, qkv(2, 3))
-
-
-def test_a_softmax_that_feeds_no_product_is_not_reported() -> None:
-    compiled, found = compile_and_report(lambda x: (x.softmax(-1) * x).sum())
-    compiled(torch.randn(3, 4))
-    assert not found[0].sites
-    assert not found[0].refusals
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -661,49 +363,54 @@ def test_symbolic_sizes_stay_symbolic() -> None:
     assert isinstance(site.compiled_shape["n_q"], str)
 
 
-def test_scale_of_a_dynamic_size_is_refused() -> None:
-    def function(q, k, v):
-        return (q @ k.transpose(-2, -1) * (1 / q.shape[-2])).softmax(-1) @ v
-
-    compiled, found = compile_and_report(function, dynamic=True)
-    inputs = qkv(2, 3)
-    torch.testing.assert_close(compiled(*inputs), function(*inputs))
-    assert "dynamic size" in found[0].refusals[0].reason
-
-
-def _expanded(x, repeats):
-    b, kv, n, d = x.shape
-    return x[:, :, None].expand(b, kv, repeats, n, d).reshape(b, kv * repeats, n, d)
-
-
-REPEATS: dict[str, Callable[..., Any]] = {
-    "expand": lambda q, k, v: (q @ _expanded(k, 3).transpose(2, 3)).softmax(-1) @ _expanded(v, 3),
-    "repeat_interleave": lambda q, k, v: (
-        (q @ k.repeat_interleave(3, dim=1).mT).softmax(-1) @ v.repeat_interleave(3, dim=1)
+DYNAMIC_SCALES: dict[str, Callable[..., Any]] = {
+    "multiplied": lambda q, k, v: (q @ k.mT * (1 / q.shape[-2])).softmax(-1) @ v,
+    "divided": lambda q, k, v: ((q @ k.mT) * 2 / math.sqrt(q.shape[-1])).softmax(-1) @ v,
+    "masked": lambda q, k, v: (
+        ((q @ k.mT) / q.shape[-1] ** 0.5)
+        .masked_fill(torch.ones(q.shape[-2], k.shape[-2]).tril() == 0, -1e9)
+        .softmax(-1)
+        @ v
     ),
-    "torch's own": lambda q, k, v: F.scaled_dot_product_attention(q, _expanded(k, 3), _expanded(v, 3)),
-    "causal": lambda q, k, v: F.scaled_dot_product_attention(q, _expanded(k, 3), _expanded(v, 3), is_causal=True),
-}
-NO_REPEATS: dict[str, Callable[..., Any]] = {
-    "tiled": lambda q, k, v: (q @ k.repeat(1, 3, 1, 1).mT).softmax(-1) @ v.repeat(1, 3, 1, 1),
-    "values otherwise": lambda q, k, v: (q @ _expanded(k, 3).mT).softmax(-1) @ v.repeat(1, 3, 1, 1),
-    "expanded before the heads": lambda q, k, v: (
-        (q @ k[:, None].expand(-1, 3, -1, -1, -1).flatten(1, 2).mT).softmax(-1)
-        @ v[:, None].expand(-1, 3, -1, -1, -1).flatten(1, 2)
+    "torch's own": F.scaled_dot_product_attention,
+    "torch's own, with a scale": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=1 / q.shape[-2]),
+    "torch's own, masked": lambda q, k, v: F.scaled_dot_product_attention(
+        q, k, v, attn_mask=torch.ones(q.shape[-2], k.shape[-2]).tril(2) == 1
+    ),
+    "masked by hand": lambda q, k, v: (
+        (q @ k.mT / q.shape[-2]).masked_fill(torch.ones(q.shape[-2], k.shape[-2]).tril(2) == 0, -INF).softmax(-1) @ v
     ),
 }
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("name", [*REPEATS, *NO_REPEATS])
-def test_repeated_keys_are_grouped_queries(name: str, dynamic: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((2, 6, N, D), (2, 2, N, D), (2, 2, N, E))
-    inputs = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
-    function = {**REPEATS, **NO_REPEATS}[name]
-    (site,) = check(function, inputs, dynamic=dynamic).sites
-    if not dynamic:
-        assert site.shape["kv_heads"] == (2 if name in REPEATS else 6)
+@pytest.mark.parametrize("name", DYNAMIC_SCALES)
+def test_scale_of_a_dynamic_size(name: str) -> None:
+    function = DYNAMIC_SCALES[name]
+    (site,) = check(function, qkv(2, 3), dynamic=True).sites
+    assert math.isnan(site.scale) is (name != "torch's own, with a scale")  # a number that Dynamo makes a constant
+    compiled, _ = compile_and_report(function, dynamic=True)
+    for d in (D, 2 * D):
+        q, k, v = (torch.randn(2, 3, N, size, dtype=torch.float64) for size in (d, d, E))
+        torch.testing.assert_close(compiled(q, k, v), function(q, k, v), rtol=1e-9, atol=1e-9)
+
+
+NO_DYNAMIC_SCALES: dict[str, tuple[Callable[..., Any], str]] = {
+    "of any sign": (lambda q, k, v: (q @ k.mT * (q.shape[-2] - 20)).softmax(-1) @ v, "may not be positive"),
+    "a bias before it": (
+        lambda q, k, v: ((q @ k.mT + k.mean(-1)[..., None, :]) / q.shape[-1]).softmax(-1) @ v,
+        "multiplied by a dynamic size",
+    ),
+    "a finite fill before it": (
+        lambda q, k, v: ((q @ k.mT).masked_fill(torch.ones(N, N).tril() == 0, -1e4) / q.shape[-1]).softmax(-1) @ v,
+        "that replaces them",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_DYNAMIC_SCALES)
+def test_near_misses_of_a_dynamic_scale(name: str) -> None:
+    function, words = NO_DYNAMIC_SCALES[name]
+    assert words in refused(function, qkv(2, 3), dynamic=True)
 
 
 @pytest.mark.parametrize("norm_first", [False, True])

@@ -14,6 +14,7 @@ import polyattn.ops
 from polyattn.passes import pipeline
 
 OP = torch.ops.polyattn.attention.default
+BACKWARD = torch.ops.polyattn.attention_backward.default
 
 
 def spliced(function: Callable[..., Any], *inputs: Any, dynamic: bool = False) -> fx.GraphModule:
@@ -23,7 +24,9 @@ def spliced(function: Callable[..., Any], *inputs: Any, dynamic: bool = False) -
         from polyattn.options import Options
 
         key = Options(policy="exact").key()
-        result = pipeline.run(gm, example_inputs, op=OP, graph_id="test", options=key, version=polyattn.ops.VERSION)
+        result = pipeline.run(
+            gm, example_inputs, op=OP, backward_op=BACKWARD, graph_id="test", options=key, version=polyattn.ops.VERSION
+        )
         results.append(result)
         return (result.graph or gm).forward
 
@@ -48,7 +51,9 @@ def test_dropped_weights_are_not_drawn_a_second_time() -> None:
     results: list[pipeline.Result] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        results.append(pipeline.run(gm, example_inputs, op=OP, graph_id="test", options="", version=""))
+        results.append(
+            pipeline.run(gm, example_inputs, op=OP, backward_op=BACKWARD, graph_id="test", options="", version="")
+        )
         return gm.forward
 
     q = torch.randn(2, 3, 8, 4)
@@ -139,7 +144,9 @@ def test_autocast_region_casts_operands() -> None:
     torch._dynamo.reset()
 
     def backend(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        result = pipeline.run(gm, example_inputs, op=OP, graph_id="t", options="{}", version=polyattn.ops.VERSION)
+        result = pipeline.run(
+            gm, example_inputs, op=OP, backward_op=BACKWARD, graph_id="t", options="{}", version=polyattn.ops.VERSION
+        )
         assert result.graph is not None
         casts = [node for node in result.graph.graph.nodes if node.target is torch.ops.aten.to.dtype]
         results.extend(node.args[1] for node in casts)

@@ -37,7 +37,15 @@ GRADIENT_TOLERANCE = 1e-4
 TIME_LIMIT = 300
 PACKAGES = ("torch", "transformers", "diffusers", "x-transformers", "vit-pytorch", "timm", "einops")
 COLUMNS = (
-    *("model", "attn_implementation", "mode", "attentions executed", "sites", "op / SDPA / as written", "refusals"),
+    *(
+        "model",
+        "attn_implementation",
+        "mode",
+        "attentions executed",
+        "sites",
+        "op / masked op / SDPA / as written",
+        "refusals",
+    ),
     *("outputs equal", "gradients equal", "graph breaks ours/stock"),
 )
 _MARK = "ZOO-ROW "
@@ -58,6 +66,8 @@ class Row:
     """How many of them ran as sites of a compiled graph."""
     op: int = 0
     """Sites that became ``polyattn::attention``."""
+    masked: int = 0
+    """Sites that became ``polyattn::masked_attention``."""
     sdpa: int = 0
     """Sites that run as ``scaled_dot_product_attention``, put there or found there; the rest stays as written."""
     refused: int | None = None
@@ -258,6 +268,7 @@ class Watcher:
             row.sites += runs * len(report.sites)
             row.refused += runs * len(report.refusals)
             row.op += runs * found["op"]
+            row.masked += runs * found["masked"]
             row.sdpa += runs * found["sdpa"]
             row.refusals += refusals
             row.spellings += [f"{site.spelling} [{site.mask}]" for site in report.sites]
@@ -265,16 +276,17 @@ class Watcher:
 
 
 def calls(compiled: Any) -> dict[str, int]:
-    """How often the compiled graph (inner compiler eager: the ``forward`` of a graph module) calls either attention."""
+    """How often the compiled graph (inner compiler eager: the ``forward`` of a graph module) calls each attention."""
     import torch
 
-    found = {"op": 0, "sdpa": 0}
+    found = {"op": 0, "masked": 0, "sdpa": 0}
     module = getattr(compiled, "__self__", None)
     if isinstance(module, torch.nn.Module):
         graphs = [part.graph for part in module.modules() if isinstance(part, torch.fx.GraphModule)]
         nodes = [node for graph in graphs for node in graph.nodes if node.op == "call_function" and node.users]
         targets = [str(node.target) for node in nodes]
-        found["op"] = sum(target.startswith("polyattn.attention") for target in targets)
+        found["op"] = targets.count("polyattn.attention.default")
+        found["masked"] = targets.count("polyattn.masked_attention.default")
         found["sdpa"] = sum("scaled_dot_product_attention" in target for target in targets)
     return found
 
@@ -432,7 +444,8 @@ def page(rows: list[Row], minutes: float) -> str:
         f"**{sites} of {executed} executed attentions became sites; {complete} of {len(rows)} rows have no refusal, "
         "no difference, no failure and no graph break that stock torch.compile does not have.**",
         "",
-        "Of the sites, *op* became `polyattn::attention` (which can be low rank), *SDPA* run as torch's "
+        "Of the sites, *op* became `polyattn::attention` (which can be low rank), *masked op* became "
+        "`polyattn::masked_attention` (masks that are added, in training), *SDPA* run as torch's "
         "`scaled_dot_product_attention`, put there or left there, and the rest stays as the model wrote it.",
         "",
         f"*Equal*: with the same run of stock `torch.compile`, outputs to {OUTPUT_TOLERANCE:g} of their largest value, "
@@ -491,7 +504,8 @@ def table_row(row: Row) -> str:
 def run_as(row: Row) -> str:
     if row.sites is None:
         return "—"
-    return f"{row.op} / {row.sdpa} / {max(row.sites - row.op - row.sdpa, 0)}"
+    rest = row.sites - row.op - row.masked - row.sdpa
+    return f"{row.op} / {row.masked} / {row.sdpa} / {max(rest, 0)}"
 
 
 def number(value: int | None) -> str:

@@ -25,8 +25,24 @@ def _load(name: str) -> Any:
 
 models, run, count = _load("models"), _load("run"), _load("count")
 
-SHORT = [("bert", "eager", "inference"), ("llama, padded", "sdpa", "training"), ("t5", "eager", "training")]
-"""The rows of the default run."""
+SHORT = [
+    ("bert", "eager", "inference"),
+    ("bert", "eager", "training"),
+    ("gpt2", "eager", "training"),
+    ("gpt_neo", "eager", "inference"),
+    ("bloom", "eager", "training"),
+    ("llama", "eager", "training"),
+    ("llama, padded", "sdpa", "training"),
+    ("qwen3", "sdpa", "inference"),
+    ("gemma2", "eager", "training"),
+    ("t5", "eager", "training"),
+    ("whisper", "eager", "inference"),
+    ("vit", "eager", "training"),
+    ("swin", "eager", "inference"),
+    ("segformer", "eager", "training"),
+    ("deberta-v2", "eager", "training"),
+]
+"""The rows that are checked whenever transformers is installed, here and against docs/zoo.md."""
 
 REFUSED = {
     "vit-pytorch, deepvit (talking heads)": "heads|permuted",
@@ -60,6 +76,15 @@ def test_attention_of_a_few_models_is_found_and_equal() -> None:
     assert len(rows) == len(SHORT)
     for row in rows:
         check(row)
+    page = (run.ROOT / "docs" / "zoo.md").read_text(encoding="utf-8")
+    kept = {tuple(cells[:3]): cells[3:6] for cells in map(_cells, page.splitlines()) if len(cells) == len(run.COLUMNS)}
+    now = {(row.model, row.implementation, row.mode): _cells(run.table_row(row))[3:6] for row in rows}
+    assert now == {key: kept[key] for key in now}, "docs/zoo.md says otherwise: run `make zoo`"
+
+
+def _cells(line: str) -> list[str]:
+    """The cells of a line of a table."""
+    return [cell.strip() for cell in line.strip().strip("|").split(" | ")]
 
 
 @pytest.mark.long
