@@ -70,6 +70,23 @@ def rows_backward(
     return torch.cat(dq) if dq else q.new_zeros(0, q.shape[-1]), dk, dv
 
 
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+
+def tokens_first(x: torch.Tensor) -> torch.Tensor:
+    """The tensor [B, H, n, ·] with the memory of [B, n, H, ·], as torch's own attention returns it.
+
+    A model joins the heads of each token next, which then copies nothing.
+    """
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def empty_tokens_first(like: torch.Tensor, width: int) -> torch.Tensor:
+    """Memory for such a tensor [B, H, n, width], with batch, heads and tokens of ``like``."""
+    batch, heads, tokens = like.shape[:3]
+    return like.new_empty(batch, tokens, heads, width).transpose(1, 2)
+
+
 # -- whole tensors ---------------------------------------------------------------------------------------------------
 
 
@@ -107,7 +124,7 @@ def fused_forward(
     wide, heads = _width(q, v, kernel), q.shape[1]
     full = _pad(q, wide), _pad(_spread(k, heads), wide), _pad(_spread(v, heads), wide)
     out, lse = kernel.forward(*full, scale, causal, *([] if mask is None else [mask]))
-    return out[..., : v.shape[-1]].contiguous(), lse.contiguous()
+    return out[..., : v.shape[-1]], lse.contiguous()
 
 
 def fused_backward(
@@ -130,7 +147,7 @@ def fused_backward(
     dq, dk, dv = dq[..., :d], dk[..., :d], dv[..., :e]
     if groups > 1:
         dk, dv = (x.reshape(x.shape[0], k.shape[1], groups, *x.shape[2:]).sum(2) for x in (dk, dv))
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+    return dq, dk, dv
 
 
 def forward(

@@ -66,11 +66,12 @@ def describe(terms: Sequence[Term]) -> str:
     return " + ".join(words)
 
 
-def per_pair(node: fx.Node) -> str:
-    """What a report adds where a mask itself is as large as the scores of a head; empty where it is not."""
-    if len(shape(node)) < 2 or any(one(size) for size in shape(node)[-2:]):
-        return ""
-    return "; the mask alone holds n_q × n_k numbers"
+def no_form(kind: str, why: str, nodes: Sequence[fx.Node]) -> str:
+    """Why a site with this mask or bias is exact, and whether the mask itself is as large as the scores of a head."""
+    large = any(len(shape(node)) > 1 and not any(one(size) for size in shape(node)[-2:]) for node in nodes)
+    proof = f" ({why})" if why else ""
+    costs = "; the mask alone holds n_q × n_k numbers" if large else ""
+    return f"no low-rank form for a {kind} that is not provably causal{proof}{costs}"
 
 
 def attn_mask(write: SizedWriter, terms: Sequence[Term], batch: tuple[Any, ...]) -> tuple[fx.Node, bool]:

@@ -25,7 +25,7 @@ import torch.fx as fx
 
 from polyattn.passes import joint
 from polyattn.passes.axes import CAST, NotAttention, packet, reaches, same_sizes, shape
-from polyattn.passes.bias import describe, per_pair, unsayable
+from polyattn.passes.bias import describe, no_form, unsayable
 from polyattn.passes.build import build_site
 from polyattn.passes.context import Context
 from polyattn.passes.groups import ungroup
@@ -156,8 +156,8 @@ def _match_softmax(context: Context, softmax: fx.Node) -> Site:
     shown = "" if mask == "none" else " + causal mask" if mask == "causal" else f" + {mask}"
     spelling = "softmax(q @ kᵀ" + (" * s" if walk.scaled else "") + shown + ") @ v"
     exact = f"{stays}; it stays as it was" if stays else ""
-    large = next((per_pair(t.node) for t in terms if not t.causal and per_pair(t.node)), "")
-    reasons = [f"no low-rank form for a {mask} that is not provably causal{large}"] if terms else []
+    others = [term.node for term in terms if not term.causal]
+    reasons = [no_form(mask, walk.unproved[0] if walk.unproved else "", others)] if terms else []
     reasons += [f"dropout with p={dropout} on the weights"] if dropout else []
     exact = exact or "; ".join(reasons)
     if is_paper_form(q.node, k.node, v.node):

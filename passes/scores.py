@@ -62,6 +62,8 @@ class Walk:
     """Tensors that scale whole rows of scores: they go to the queries."""
     masks: list[tuple[fx.Node, bool]] = dataclasses.field(default_factory=list)
     """What filled or was added, even where it hides nothing; and whether its last axes are (key, query)."""
+    unproved: list[str] = dataclasses.field(default_factory=list)
+    """Why a mask or bias is not known to be causal."""
     left: str = ""
     """Why the attention, although it is one, must stay as it is written."""
 
@@ -243,7 +245,8 @@ def _proved(
     """True: causal; False: it hides nothing; None: anything else, or not provable."""
     try:
         return causal_mask(context, mask, tuple(shape(scores)[-2:]), walk.key_last, keep, drop, node, _least(walk))
-    except NotAttention:
+    except NotAttention as reason:
+        walk.unproved.append(str(reason))
         return None
 
 

@@ -13,7 +13,7 @@ import torch.fx as fx
 
 from polyattn.passes import axes, joint
 from polyattn.passes.axes import NotAttention, packet, same_sizes
-from polyattn.passes.bias import per_pair
+from polyattn.passes.bias import no_form
 from polyattn.passes.build import build_site
 from polyattn.passes.context import Context
 from polyattn.passes.scores import causal_mask, name_of, number, users
@@ -131,6 +131,6 @@ def _form(context: Context, node: fx.Node, given: dict[str, Any], q: Operand, k:
             causal = causal_mask(context, mask, (q.tokens, k.tokens), True, keep, drop, node) or causal
             kind = "causal" if causal else kind
         except NotAttention as reason:
-            exact = "; ".join([f"{reason}{per_pair(mask)}", *([exact] if exact else [])])
             kind = "mask" if boolean else "bias"
+            exact = "; ".join([no_form(kind, str(reason), [mask]), *([exact] if exact else [])])
     return _Form(float(scale), causal, kind, exact, dropout, sizes, by_head_dim)

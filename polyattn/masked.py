@@ -255,13 +255,14 @@ def _masked(
     version: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        return forward((q, k, v), Mask(mask, kept, fill), scale)
+        out, lse = forward((q, k, v), Mask(mask, kept, fill), scale)
+        return exact.tokens_first(out), lse
 
 
 @_masked.register_fake
 def _(q: Any, k: Any, v: Any, mask: Any, kept: Any, fill: Any, scale: Any, version: Any) -> Any:
     ops.check(q, k, v)
-    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=accumulator(q.dtype))
+    return exact.empty_tokens_first(q, v.shape[-1]), q.new_empty(q.shape[:-1], dtype=accumulator(q.dtype))
 
 
 @torch.library.custom_op(
@@ -286,14 +287,14 @@ def _masked_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     with torch.autocast(q.device.type, enabled=False):
         made = backward(g, (q, k, v), Mask(mask, kept, fill), out, lse, scale)
-    dq, dk, dv = (x.contiguous() if need else x.new_zeros(0) for need, x in zip(needs, made, strict=True))
+    dq, dk, dv = (exact.tokens_first(x) if need else x.new_zeros(0) for need, x in zip(needs, made, strict=True))
     return dq, dk, dv
 
 
 @_masked_backward.register_fake
 def _(g: Any, q: Any, k: Any, v: Any, *others: Any) -> Any:
     return tuple(
-        like.new_empty(like.shape) if need else like.new_empty(0)
+        exact.empty_tokens_first(like, like.shape[-1]) if need else like.new_empty(0)
         for need, like in zip(others[-1], (q, k, v), strict=True)
     )
 

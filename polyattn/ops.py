@@ -99,7 +99,7 @@ def _attention(
     chunk = guard.chunk_length(opts, q.shape[-1], opts.resolved_degree, q.device.type)
     plan = torch.tensor([0, opts.resolved_degree, int(opts.resolved_gradient == "substituted"), chunk])
     if q.numel() == 0 or k.numel() == 0:  # nothing to decide, and nothing that torch's kernel survives
-        out, stat = q.new_zeros(*q.shape[:-1], v.shape[-1]), q.new_zeros(q.shape[:-1], dtype=accumulator)
+        out, stat = dense.empty_tokens_first(q, v.shape[-1]).zero_(), q.new_zeros(q.shape[:-1], dtype=accumulator)
         return out, stat, unused, plan
     where = guard.key(site, owners, options, causal, scale, q.shape[-1], v.shape[-1])
     state = guard.find(where) or guard.keep(where, guard.decide(_shape(q, k, v), causal, opts, q.device.type))
@@ -111,8 +111,8 @@ def _attention(
         plan[0] = int(made is not None)
         if made is None:
             out, lse = dense.forward(q, k, v, scale, causal)
-            return out, lse.to(accumulator), unused, plan
-        out = made.out.reshape(*q.shape[:-1], v.shape[-1]).to(q.dtype)
+            return dense.tokens_first(out), lse.to(accumulator), unused, plan
+        out = dense.tokens_first(made.out.reshape(*q.shape[:-1], v.shape[-1]).to(q.dtype))
         return out, made.denominators.reshape(q.shape[:-1]), unused, plan
 
 
@@ -139,7 +139,7 @@ def _low_rank(
 def _(q: Any, k: Any, v: Any, owners: Any, scale: Any, causal: Any, site: Any, options: Any, version: Any) -> Any:
     check(q, k, v)
     accumulator = lowrank_op.accumulator(q.dtype)
-    out = q.new_empty(*q.shape[:-1], v.shape[-1])
+    out = dense.empty_tokens_first(q, v.shape[-1])
     stat = q.new_empty(q.shape[:-1], dtype=accumulator)
     return out, stat, q.new_empty(0, dtype=accumulator), torch.empty(4, dtype=torch.int64, device="cpu")
 
@@ -178,7 +178,7 @@ def _attention_backward(
     results = []
     for need, x, like in zip(needs, made, (q, k, v), strict=True):
         if need and x is not None:
-            results.append(x.reshape(like.shape).to(like.dtype).contiguous())
+            results.append(dense.tokens_first(x.reshape(like.shape).to(like.dtype)))
         else:
             results.append(like.new_zeros(0))
     return results[0], results[1], results[2]
@@ -189,7 +189,8 @@ def _(
     g: Any, q: Any, k: Any, v: Any, out: Any, stat: Any, plan: Any, scale: Any, causal: Any, version: Any, needs: Any
 ) -> Any:
     return tuple(
-        like.new_empty(like.shape) if need else like.new_empty(0) for need, like in zip(needs, (q, k, v), strict=True)
+        dense.empty_tokens_first(like, like.shape[-1]) if need else like.new_empty(0)
+        for need, like in zip(needs, (q, k, v), strict=True)
     )
 
 
