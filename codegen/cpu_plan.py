@@ -14,7 +14,7 @@ from polyattn.errors import ScheduleError
 from polyattn.rewriter.plan import Node, walk
 
 SIDES = {"i": "q", "j": "k"}
-_NAMES = {"O": "out", "D": "denominators"}
+_NAMES = {"O": "out", "D": "denominators", "B": "key_weights"}
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,8 @@ class Body:
             return "delta" if {"G", "O"} <= read else f"row_{side}"
         if widths == ["b"] and side == "q" and "Q" not in read:
             return "g_scaled" if "G" in read else "numerator"
+        if widths == ["b"] and side == "k" and "G" not in read:
+            return "v_weighted"
         stem = {"aq": "dq", "ak": "dk", "bq": "numerator", "bk": "dv", "b̂q": "sums", "b̂k": "dv_hat"}[widths[0] + side]
         return stem + self._field(n)
 

@@ -89,7 +89,8 @@ def _header(spec: KernelSpec, writer: Writer) -> str:
     degree = max(writer.ranks.values(), default=0)
     lines = [f'"""{spec.name} of low-rank attention, degree {degree}, {mask}: {outputs}.', ""]
     lines += [
-        "Q [H, groups, n_q, d], G and O [H, groups, n_q, e], D [H, groups, n_q]; K [H, n_k, d], V [H, n_k, e].",
+        "Q [H, groups, n_q, d], G and O [H, groups, n_q, e], D [H, groups, n_q]; K [H, n_k, d], V [H, n_k, e]"
+        + (", B [H, n_k]." if "B" in spec.inputs else "."),
         "A block has T_k keys and T_q queries, those of all groups that share the keys.",
         "",
     ]

@@ -24,7 +24,7 @@ VALUES = ("b", "b̂")
 BLOCKS = {"i": "BLOCK_I", "j": "BLOCK_J", "a": "BLOCK_D", "b": "BLOCK_E", "b̂": "BLOCK_E"}
 NAMES = {"α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "epsilon", "b̂": "b"}
 SIDES = {"i": ("q_base", "n_q"), "j": ("k_base", "n_k")}
-INPUT_NAMES = {"D": "denominator"}
+INPUT_NAMES = {"D": "denominator", "B": "key_weight"}
 
 
 def letters(n: Node) -> tuple[str, ...]:

@@ -55,7 +55,10 @@ def emit(spec: KernelSpec) -> Emitted:
 def _header(spec: KernelSpec, writer: Writer) -> str:
     mask = "under a causal mask, in chunks" if spec.chunked else "without a mask"
     lines = [f'"""{spec.name} of low-rank attention, degree {writer.degree}, {mask}.', ""]
-    lines.append("Inputs: Q, G, O [heads, groups, n_q, d or e], D [heads, groups, n_q], K, V [heads, n_k, d or e].")
+    weights = ", B [heads, n_k]" if "B" in spec.inputs else ""
+    lines.append(
+        f"Inputs: Q, G, O [heads, groups, n_q, d or e], D [heads, groups, n_q], K, V [heads, n_k, d or e]{weights}."
+    )
     for n, name in writer.states.items():
         per = "heads, chunks" if n.scanned else "heads"
         sizes = ", ".join(_READABLE.get(x, "r") for x in letters(n))
@@ -90,7 +93,7 @@ def _run_text(spec: KernelSpec, writer: Writer) -> str:
         if a.startswith("OUT_"):
             name = a.removeprefix("OUT_")
             like = "*Q.shape[:-1]" if name in QUERY_SIDE else "*K.shape[:-1]"
-            width = {"D": "", "dQ": "HEAD_DIM", "dK": "HEAD_DIM"}.get(name, "VALUE_DIM")
+            width = {"D": "", "dB": "", "dQ": "HEAD_DIM", "dK": "HEAD_DIM"}.get(name, "VALUE_DIM")
             lines.append(f"    {a} = torch.empty(({like}, {width}), **new)")
     for n, name in writer.states.items():
         sizes = ", ".join(_SIZES.get(x) or rank_name(x) for x in letters(n))

@@ -36,12 +36,16 @@ class Form:
 
 
 Q, K, V = Leaf("Q", (QUERY, HEAD)), Leaf("K", (KEY, HEAD)), Leaf("V", (KEY, VALUE))
+B = Leaf("B", (KEY,))
+"""A positive weight of each key: a factor of its column of the exponentials (math.md §3)."""
 CAUSAL = Mask("causal", (QUERY, KEY))
 X, W, W_V = Leaf("X", (TOKEN, HEAD)), Leaf("W", (HEAD, HEAD)), Leaf("W_V", (HEAD, VALUE))
 
 
 def _softmax(x: Mapping[str, torch.Tensor]) -> torch.Tensor:
     a = torch.exp((x["Q"] @ x["K"].t()) * x["s"])
+    if "B" in x:
+        a = a * x["B"]
     if "M" in x:
         a = a * x["M"]
     p = a / a.sum(1, keepdim=True)
@@ -62,9 +66,9 @@ def _square(x: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return (1 + x["Q"] @ x["K"].t()).pow(2) @ x["V"]
 
 
-def softmax_form(causal: bool) -> str:
-    """The name of softmax attention's form with or without a causal mask."""
-    return "causal_softmax" if causal else "softmax"
+def softmax_form(causal: bool, weighted: bool = False) -> str:
+    """The name of softmax attention's form with or without a causal mask, and weights of the keys."""
+    return ("causal_" if causal else "") + ("weighted_" if weighted else "") + "softmax"
 
 
 _OUT = (QUERY, VALUE)
@@ -73,6 +77,15 @@ FORMS: Mapping[str, Form] = {
     for form in (
         Form("softmax", (Q, K, V), ("s",), _OUT, _softmax, "softmax(s Q Kᵀ) V"),
         Form("causal_softmax", (Q, K, V, CAUSAL), ("s",), _OUT, _softmax, "softmax(s Q Kᵀ, causal) V"),
+        Form("weighted_softmax", (Q, K, V, B), ("s",), _OUT, _softmax, "softmax(s Q Kᵀ + 1 (log B)ᵀ) V"),
+        Form(
+            "causal_weighted_softmax",
+            (Q, K, V, B, CAUSAL),
+            ("s",),
+            _OUT,
+            _softmax,
+            "softmax(s Q Kᵀ + 1 (log B)ᵀ, causal) V",
+        ),
         Form("paper", (X, W, W_V), (), (TOKEN, VALUE), _paper, "softmax(X W Xᵀ) X W_V"),
         Form("exponential", (Q, K, V), (), _OUT, _exponential, "exp(Q Kᵀ) V"),
         Form("square", (Q, K, V), (), _OUT, _square, "(1 + Q Kᵀ)² V"),

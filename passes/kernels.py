@@ -78,9 +78,9 @@ def exact_cost(form: str) -> sympy.Expr:
 
 
 @functools.cache
-def kernels(causal: bool, degree: int, gradient: str) -> Kernels:
-    """The kernels of softmax attention, derived once per (causal, degree, gradient)."""
-    made = plan(derive(softmax_form(causal), degree, gradient)[-1].program)
+def kernels(causal: bool, degree: int, gradient: str, weighted: bool = False) -> Kernels:
+    """The kernels of softmax attention, derived once per (causal, degree, gradient, weights of the keys)."""
+    made = plan(derive(softmax_form(causal, weighted), degree, gradient)[-1].program)
     known = saved_by_forward(made)
     denominator = next(n for n, read in known.items() if read.attr == "D")
     outputs = {"O": made.outputs["O"], "D": denominator}

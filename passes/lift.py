@@ -209,6 +209,15 @@ def _squeeze(lifter: Lifter, x: Expr, dim: int | Sequence[int] | None = None) ->
     return Expr(tuple(index for p, index in enumerate(x.out) if p not in gone), x.terms)
 
 
+def _view(lifter: Lifter, x: Expr, sizes: Sequence[int]) -> Expr:
+    """A view that puts in or takes out axes of size one; the tiny sizes of a trace are otherwise larger."""
+    kept = [index for index in x.out if index is not None]
+    if sum(size != 1 for size in sizes) != len(kept):
+        raise LiftError(f"a view that merges or splits axes: {x.out} as {list(sizes)}")
+    rest = iter(kept)
+    return Expr(tuple(None if size == 1 else next(rest) for size in sizes), x.terms)
+
+
 def _permute(lifter: Lifter, x: Expr, dims: Sequence[int]) -> Expr:
     return Expr(tuple(x.out[d] for d in dims), x.terms)
 
@@ -261,6 +270,7 @@ _RULES: Mapping[Any, Callable[..., Any]] = {
     aten.squeeze.dim: _squeeze,
     aten.squeeze.dims: _squeeze,
     aten.squeeze.default: _squeeze,
+    aten.view.default: _view,
     aten.expand.default: _same,
     aten.clone.default: _same,
     aten.detach.default: _same,

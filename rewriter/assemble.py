@@ -220,7 +220,7 @@ class _Graph:
                 row, column = first.other(vertex), second.other(vertex)
                 tree = times(self._scaled(first, row, vertex), second.towards(vertex, column))
                 return self._replace(edges, _Edge(tree, row, column), (vertex,))
-            if len(edges) == 1 and len(vertex) == 1:
+            if len(edges) == 1 and (len(vertex) == 1 or self.columns.get(vertex)):
                 (edge,) = edges
                 row = edge.other(vertex)
                 *scales, last = combine(self.columns.get(vertex, [])) or [Ones(vertex[0].kind)]

@@ -3,6 +3,7 @@
     inside a sum     X ∘ (G Vᵀ) − X ∘ (δ 1ᵀ)  →  X ∘ ([G, −δ] [V, 1]ᵀ)
     across results   A V,  A 1                →  A [V, 1], of which both are columns
     widen            Aᵀ G where [G, −δ] exists →  (Aᵀ [G, −δ])[:, :e], so that one state serves both
+    write out        U + W                     →  the sums that U and W stand for, where nothing else reads them
 
 They turn many contractions into one wider one; the algebra keeps the columns apart by ``Part``.
 """
@@ -29,6 +30,8 @@ from polyattn.rewriter.expr import (
     Select,
     Term,
     Weights,
+    avoid,
+    collect,
 )
 from polyattn.rewriter.rules import is_pair
 
@@ -36,8 +39,55 @@ ONE = sympy.Integer(1)
 
 
 def stack(program: Program) -> Program:
-    """Apply the three forms of the rule wherever they fit."""
-    return _widen(_inside(_across(program)))
+    """Apply the forms of the rule wherever they fit."""
+    return _widen(_inside(_across(_write_out(program))))
+
+
+def _write_out(program: Program) -> Program:
+    """A sum of definitions that nothing else reads becomes one sum over their terms, for ``_inside`` to stack."""
+    readers = Counter(
+        f.tensor.label for _, x in program.expressions() for f in _factors(x) if isinstance(f.tensor, Def)
+    )
+    gone: set[str] = set()
+
+    def change(x: Expr) -> Expr:
+        alone = [t.factors[0] for t in x.terms if len(t.factors) == 1]
+        defs = [
+            f.tensor for f in alone if isinstance(f.tensor, Def) and f.indices == x.out and readers[f.tensor.label] == 1
+        ]
+        if len(defs) < 2 or len(defs) != len(x.terms) or any(is_pair(d) for d in defs):
+            return x
+        gone.update(d.label for d in defs)
+        terms = []
+        for term, definition in zip(x.terms, defs, strict=True):
+            names = dict(zip(definition.expr.indices, x.indices, strict=True))
+            for inner in definition.expr.terms:
+                safe = avoid(inner, inner.bound(definition.expr.out), frozenset(x.indices)).rename(names)
+                terms += _expanded(Term(term.coefficient * safe.coefficient, safe.factors))
+        return collect(Expr(x.out, tuple(terms)))
+
+    program = program.rewrite(change)
+    return Program(tuple(d for d in program.defs if d.label not in gone), program.outputs)
+
+
+def _expanded(term: Term) -> list[Term]:
+    """A term with a factor that is itself a sum over tokens written out: V[j,b] · t[j,b] with t = Σ_i A[i,j] G[i,b]."""
+    for factor in term.factors:
+        inner = factor.tensor.expr if isinstance(factor.tensor, Def) and not is_pair(factor.tensor) else None
+        if inner is None or not any(i.kind.token for t in inner.terms for i in t.bound(inner.out)):
+            continue
+        rest = tuple(f for f in term.factors if f is not factor)
+        names = dict(zip(inner.indices, factor.indices, strict=True))
+        found = []
+        for part in inner.terms:
+            safe = avoid(part, part.bound(inner.out), frozenset(term.indices)).rename(names)
+            found += _expanded(Term(term.coefficient * safe.coefficient, (*rest, *safe.factors)))
+        return found
+    return [term]
+
+
+def _factors(x: Expr) -> list[Factor]:
+    return [factor for term in x.terms for factor in term.factors]
 
 
 def _hat(kind: Kind, extra: int) -> Kind:
@@ -217,7 +267,13 @@ def _widen(program: Program) -> Program:
     for definition in program.defs:
         wide = next((w for w in (_widened(definition, s) for s in stacks) if w is not None), None)
         defs += [definition] if wide is None else list(wide)
-    return Program(tuple(defs), program.outputs).rewrite(lambda x: x)
+    outputs = dict(program.outputs)
+    for name, x in program.outputs.items():
+        wide = next((w for w in (_widened(Def(name, x), s) for s in stacks) if w is not None), None)
+        if wide is not None:
+            defs.append(wide[0])
+            outputs[name] = wide[1].expr
+    return Program(tuple(defs), outputs).rewrite(lambda x: x)
 
 
 def _widened(definition: Def, stack_: Concat) -> tuple[Def, Def] | None:

@@ -61,8 +61,9 @@ def compare(
     block: int,
     parts: tuple[tuple[str, ...], ...] = (ALL,),
     tolerance: float = 1e-11,
+    weighted: bool = False,
 ) -> None:
-    made = kernels(causal, degree, gradient)
+    made = kernels(causal, degree, gradient, weighted)
     wanted, got = both(made.forward, x, degree, block)
     agree(wanted, got, tolerance)
     x = {**x, "O": wanted["O"], "D": wanted["D"]}
@@ -84,6 +85,14 @@ def test_equals_evaluate(causal: bool, degree: int, gradient: str, d: int, e: in
 @pytest.mark.parametrize("degree", [1, 2, 3])
 def test_some_of_the_gradients(causal: bool, degree: int, gradient: str) -> None:
     compare(causal, degree, gradient, spec_inputs(4, 3, 21, 21), 8, PARTS)
+
+
+@gradients
+@masks
+@pytest.mark.parametrize("degree", [1, 2, 3])
+def test_weights_of_the_keys(causal: bool, degree: int, gradient: str) -> None:
+    parts = ((*ALL, "dB"), ("dB",), ("dQ", "dK"), ("dK", "dB"))
+    compare(causal, degree, gradient, spec_inputs(4, 3, 25, 22, heads=2, groups=2), 8, parts, weighted=True)
 
 
 @gradients

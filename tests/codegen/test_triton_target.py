@@ -49,12 +49,14 @@ def both(spec: KernelSpec, x: Mapping[str, torch.Tensor], degree: int, block: in
     return wanted, triton_target.run(spec, x, scalars, d, block, BLOCKS)
 
 
-def compare(causal: bool, degree: int, gradient: str, x: Inputs, block: int, tolerance: float) -> None:
-    made = kernels(causal, degree, gradient)
+def compare(
+    causal: bool, degree: int, gradient: str, x: Inputs, block: int, tolerance: float, weighted: bool = False
+) -> None:
+    made = kernels(causal, degree, gradient, weighted)
     wanted, got = both(made.forward, x, degree, block)
     x = {**x, "O": wanted["O"], "D": wanted["D"]}
     pairs = [(wanted, got)]
-    for names in (("dQ", "dK", "dV"), ("dQ",), ("dK", "dV")):
+    for names in (("dQ", "dK", "dV"), ("dQ",), ("dK", "dV"), *([("dQ", "dK", "dV", "dB")] if weighted else [])):
         pairs.append(both(made.backward(names), x, degree, block))
     for wanted, got in pairs:
         assert wanted.keys() == got.keys()
@@ -69,6 +71,13 @@ def compare(causal: bool, degree: int, gradient: str, x: Inputs, block: int, tol
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_equals_evaluate(causal: bool, degree: int, gradient: str) -> None:
     compare(causal, degree, gradient, inputs(5, 3, 37, 37, 2, 2), 20, 1e-12)
+
+
+@runs
+@pytest.mark.parametrize("gradient", ["consistent", "substituted"])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_weights_of_the_keys(causal: bool, gradient: str) -> None:
+    compare(causal, 2, gradient, inputs(5, 3, 37, 29, 2, 2), 20, 1e-12, weighted=True)
 
 
 @runs

@@ -36,7 +36,7 @@ def spec_inputs(
     dtype: torch.dtype = torch.float64,
     device: torch.device | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Q, K, V and G as specifications take them."""
+    """Q, K, V, G and weights B of the keys as specifications take them."""
     generator = torch.Generator().manual_seed(1000 * d + 10 * e + n_q)
 
     def rand(*size: int) -> torch.Tensor:
@@ -48,4 +48,5 @@ def spec_inputs(
         "K": rand(heads, n_k, d),
         "V": rand(heads, n_k, e),
         "G": rand(heads, groups, n_q, e),
+        "B": rand(heads, n_k).exp(),
     }
