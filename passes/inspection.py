@@ -11,6 +11,8 @@ from torch import fx
 
 from polyattn.codegen import target
 from polyattn.codegen.evaluate import Evaluation, block_length
+from polyattn.codegen.shift import key_gradient
+from polyattn.codegen.shift import shift as shift_
 from polyattn.passes.derive import Step, derive
 from polyattn.passes.forms import softmax_form
 from polyattn.passes.kernels import exact_plan, kernels
@@ -64,9 +66,14 @@ def _gradients(outputs: Mapping[str, object]) -> list[str]:
     return [name for name in outputs if name != "O"]
 
 
-def derivation(*, causal: bool, degree: int, gradient: str, shape: Mapping[str, int] | None = None) -> Derivation:
-    """The derivation of softmax attention; ``str`` of it is the readable log, with numbers if a shape is given."""
-    return derivation_of(softmax_form(causal), degree, gradient, shape)
+def derivation(
+    *, causal: bool, degree: int, gradient: str, shape: Mapping[str, int] | None = None, weighted: bool = False
+) -> Derivation:
+    """The derivation of softmax attention; ``str`` of it is the readable log, with numbers if a shape is given.
+
+    ``weighted``: with weights of the keys, as shifted queries leave them (codegen/shift.py).
+    """
+    return derivation_of(softmax_form(causal, weighted), degree, gradient, shape)
 
 
 def derivation_of(form: str, degree: int, gradient: str, shape: Mapping[str, int] | None = None) -> Derivation:
@@ -74,24 +81,32 @@ def derivation_of(form: str, degree: int, gradient: str, shape: Mapping[str, int
     return Derivation(derive(form, degree, gradient), form, degree, gradient, shape)
 
 
-def sources(*, causal: bool, degree: int, gradient: str) -> dict[str, str]:
+def sources(*, causal: bool, degree: int, gradient: str, weighted: bool = False) -> dict[str, str]:
     """Texts by name: ``forward.specification``, ``forward.cpu``, ``forward.triton``, and the same of ``backward``."""
-    made = kernels(causal, degree, gradient)
+    made = kernels(causal, degree, gradient, weighted)
     specs = {"forward": made.forward, "backward": made.backward(("dQ", "dK", "dV"))}
     return {f"{name}.{kind}": text for name, spec in specs.items() for kind, text in target.sources(spec).items()}
 
 
 def graphs(
-    *, causal: bool, degree: int, gradient: str, shape: Mapping[str, int], scale: float, chunk: int | None
+    *,
+    causal: bool,
+    degree: int,
+    gradient: str,
+    shape: Mapping[str, int],
+    scale: float,
+    chunk: int | None,
+    shift: str = "none",
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Runnable aten graphs of the rewritten forward (Q, K, V → O, D) and backward (… G, O, D → dQ, dK, dV).
 
     Their inputs are [heads, groups, n_q, ·] and [heads, n_k, ·] float32; loops over blocks stand unrolled.
-    ``chunk`` is the chunk length of a causal site, None without a mask.
+    ``chunk`` is the chunk length of a causal site, None without a mask; ``shift`` one of ``codegen.shift.STATISTICS``.
     """
     from functorch import make_fx
 
-    made = kernels(causal, degree, gradient)
+    made = kernels(causal, degree, gradient, shift != "none")
+    first = chunk if shift == "first_chunk" else None
     d, e = shape["d"], shape["e"]
     heads, groups = shape["batch"] * shape["kv_heads"], shape["heads"] // shape["kv_heads"]
     scalars = {"s": scale, **Approximation(degree).values}
@@ -104,12 +119,21 @@ def graphs(
     g, denominators = torch.zeros(heads, groups, shape["n_q"], e), torch.ones(heads, groups, shape["n_q"])
 
     def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        result = Evaluation(made.forward, {"Q": q, "K": k, "V": v}, scalars, d, block).run()
+        inputs = {"Q": q, "K": k, "V": v}
+        if shift != "none":
+            moved = shift_(q, k, scale, first)
+            inputs.update(Q=moved.q, K=moved.k, B=moved.weights)
+        result = Evaluation(made.forward, inputs, scalars, d, block).run()
         return result["O"], result["D"]
 
     def backward(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         inputs = dict(zip(("Q", "K", "V", "G", "O", "D"), tensors, strict=True))
-        result = Evaluation(made.backward(("dQ", "dK", "dV")), inputs, scalars, d, block).run()
-        return result["dQ"], result["dK"], result["dV"]
+        if shift == "none":
+            result = Evaluation(made.backward(("dQ", "dK", "dV")), inputs, scalars, d, block).run()
+            return result["dQ"], result["dK"], result["dV"]
+        moved = shift_(inputs["Q"], inputs["K"], scale, first)
+        inputs.update(Q=moved.q, K=moved.k, B=moved.weights)
+        result = Evaluation(made.backward(("dQ", "dK", "dV", "dB")), inputs, scalars, d, block).run()
+        return result["dQ"], key_gradient(result["dK"], result["dB"], moved, scale), result["dV"]
 
     return make_fx(forward)(q, k, v), make_fx(backward)(q, k, v, g, torch.zeros_like(g), denominators)

@@ -44,6 +44,8 @@ class SiteState:
     rank: int | None
     chunk: int | None
     gradient: str
+    shift: str
+    """Which tokens the means are taken of that queries and keys are shifted by: ``none``, ``call``, ``first_chunk``."""
     shape: dict[str, int]
     flops_before: int
     flops_after: int
@@ -118,6 +120,7 @@ class SiteState:
             self.verdict, self.guarantee = "exact", "exact"
             self.flops_after, self.flops_after_symbolic = self.flops_before, self.flops_before_symbolic
             self.degree = self.rank = self.chunk = None
+            self.shift = "none"
 
 
 def larger(a: float | None, b: float) -> float:
@@ -159,23 +162,25 @@ def reset() -> None:
 
 
 @functools.cache
-def symbolic_costs(causal: bool, degree: int, gradient: str) -> tuple[sympy.Expr, sympy.Expr]:
+def symbolic_costs(causal: bool, degree: int, gradient: str, weighted: bool = False) -> tuple[sympy.Expr, sympy.Expr]:
     """FLOPs per head, forward and backward, of exact attention and of the low-rank plan (r, r' as polynomials of d)."""
     dense = exact_cost(softmax_form(causal))
     if causal:
         # Half of the pairs of tokens are masked; terms without a pair are lower order.
         dense = dense / 2
-    cheap = kernels(causal, degree, gradient).cost()
+    cheap = kernels(causal, degree, gradient, weighted).cost()
     features = {R: rank_formula(degree), R1: rank_formula(degree - 1)}
     return sympy.expand(dense), sympy.expand(cheap.subs(features))
 
 
-def costs(shape: dict[str, int], causal: bool, degree: int, gradient: str, chunk: int) -> tuple[int, int]:
+def costs(
+    shape: dict[str, int], causal: bool, degree: int, gradient: str, chunk: int, weighted: bool = False
+) -> tuple[int, int]:
     """The same as numbers, for all heads; grouped queries count as further rows of a key head."""
     groups = shape["heads"] // shape["kv_heads"]
     values = {N_Q: shape["n_q"] * groups, N_K: shape["n_k"], D: shape["d"], E: shape["e"], CHUNK: chunk}
     heads = shape["batch"] * shape["kv_heads"]
-    before, after = symbolic_costs(causal, degree, gradient)
+    before, after = symbolic_costs(causal, degree, gradient, weighted)
     return int(before.subs(values)) * heads, int(after.subs(values)) * heads
 
 
@@ -196,8 +201,9 @@ def decide(shape: dict[str, int], causal: bool, options: Options, device: str) -
     """The verdict by policy and cost; the audit comes after the first low-rank forward."""
     degree, gradient = options.resolved_degree, options.resolved_gradient
     chunk = chunk_length(options, shape["d"], degree, device)
-    before, after = costs(shape, causal, degree, gradient, chunk)
-    symbolic = symbolic_costs(causal, degree, gradient)
+    moved = options.resolved_shift(causal)
+    before, after = costs(shape, causal, degree, gradient, chunk, moved != "none")
+    symbolic = symbolic_costs(causal, degree, gradient, moved != "none")
     verdict: Literal["low_rank", "exact"] = "low_rank"
     if options.policy == "exact":
         verdict, reason = "exact", "policy='exact'"
@@ -217,6 +223,7 @@ def decide(shape: dict[str, int], causal: bool, options: Options, device: str) -
         rank=rank(shape["d"], degree) if low else None,
         chunk=chunk if low and causal else None,
         gradient=gradient,
+        shift=moved if low else "none",
         shape=shape,
         flops_before=before,
         flops_after=after if low else before,

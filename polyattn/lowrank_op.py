@@ -14,6 +14,7 @@ import torch
 from polyattn.codegen import exact as dense
 from polyattn.codegen import target
 from polyattn.codegen.evaluate import block_length
+from polyattn.codegen.shift import Shifted, key_gradient, shift
 from polyattn.codegen.spec import KernelSpec
 from polyattn.passes.derive import exact
 from polyattn.passes.forms import softmax_form
@@ -34,6 +35,15 @@ class Setting:
     degree: int
     gradient: str
     chunk: int
+    shift: str = "none"
+    """Which tokens the means are taken of that queries and keys are shifted by (codegen/shift.py)."""
+
+    @property
+    def weighted(self) -> bool:
+        return self.shift != "none"
+
+    def shifted(self, q: torch.Tensor, k: torch.Tensor) -> Shifted:
+        return shift(q, k, self.scale, self.chunk if self.shift == "first_chunk" else None)
 
 
 @dataclass(frozen=True)
@@ -64,8 +74,12 @@ def grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Grouped:
 
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, setting: Setting) -> Forward:
     """Low-rank attention of grouped tensors."""
-    made = kernels(setting.causal, setting.degree, setting.gradient)
-    result = _run(made.forward, {"Q": q, "K": k, "V": v}, setting)
+    made = kernels(setting.causal, setting.degree, setting.gradient, setting.weighted)
+    inputs = {"Q": q, "K": k, "V": v}
+    if setting.weighted:
+        moved = setting.shifted(q, k)
+        inputs.update(Q=moved.q, K=moved.k, B=moved.weights)
+    result = _run(made.forward, inputs, setting)
     out, denominators = result["O"], result["D"]
     bad = ~(torch.isfinite(denominators) & (denominators > 0) & torch.isfinite(out).all(-1))
     count = int(bad.sum())
@@ -98,12 +112,20 @@ def backward(
     stats = denominators.reshape(qs.shape[:-1])
     bad = stats <= 0
     some = bool(bad.any())
-    low_q, low_g, low_o = (x.masked_fill(bad.unsqueeze(-1), 0.0) if some else x for x in (qs, gs, outs))
+    moved = setting.shifted(qs, ks) if setting.weighted else None
+    plain = (qs if moved is None else moved.q, gs, outs)
+    low_q, low_g, low_o = (x.masked_fill(bad.unsqueeze(-1), 0.0) if some else x for x in plain)
     low_d = stats.masked_fill(bad, 1.0) if some else stats
     wanted = tuple(name for name, need in zip(("dQ", "dK", "dV"), needs, strict=True) if need)
-    made = kernels(setting.causal, setting.degree, setting.gradient)
+    made = kernels(setting.causal, setting.degree, setting.gradient, setting.weighted)
     inputs = {"Q": low_q, "K": ks, "V": vs, "G": low_g, "O": low_o, "D": low_d}
-    result = _run(made.backward(wanted), inputs, setting)
+    if moved is None:
+        result = _run(made.backward(wanted), inputs, setting)
+    else:
+        inputs.update(K=moved.k, B=moved.weights)
+        result = _run(made.backward((*wanted, "dB") if "dK" in wanted else wanted), inputs, setting)
+        if "dK" in wanted:
+            result["dK"] = key_gradient(result["dK"], result.pop("dB"), moved, setting.scale)
     if some:
         result = _with_exact_rows(result, bad, (qs, ks, vs), gs, setting)
     return result.get("dQ"), result.get("dK"), result.get("dV")

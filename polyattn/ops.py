@@ -19,6 +19,7 @@ import torch
 from polyattn import guard, keymask, lowrank_op
 from polyattn.audit import audit
 from polyattn.codegen import exact as dense
+from polyattn.codegen.shift import STATISTICS
 from polyattn.errors import DeviceError, DoubleBackwardError, DtypeError, ShapeError
 from polyattn.guard import SiteState, Ticket
 from polyattn.options import Options
@@ -97,14 +98,16 @@ def _attention(
     accumulator = lowrank_op.accumulator(q.dtype)
     unused = torch.zeros(0, dtype=accumulator, device=q.device)
     chunk = guard.chunk_length(opts, q.shape[-1], opts.resolved_degree, q.device.type)
-    plan = torch.tensor([0, opts.resolved_degree, int(opts.resolved_gradient == "substituted"), chunk])
+    moved = opts.resolved_shift(causal)
+    substituted = int(opts.resolved_gradient == "substituted")
+    plan = torch.tensor([0, opts.resolved_degree, substituted, chunk, STATISTICS.index(moved)])
     if q.numel() == 0 or k.numel() == 0:  # nothing to decide, and nothing that torch's kernel survives
         out, stat = dense.empty_tokens_first(q, v.shape[-1]).zero_(), q.new_zeros(q.shape[:-1], dtype=accumulator)
         return out, stat, unused, plan
     where = guard.key(site, owners, options, causal, scale, q.shape[-1], v.shape[-1])
     state = guard.find(where) or guard.keep(where, guard.decide(_shape(q, k, v), causal, opts, q.device.type))
     ticket = state.enter(opts, q, k, v)
-    setting = lowrank_op.Setting(scale, causal, opts.resolved_degree, opts.resolved_gradient, chunk)
+    setting = lowrank_op.Setting(scale, causal, opts.resolved_degree, opts.resolved_gradient, chunk, moved)
     with torch.autocast(q.device.type, enabled=False):
         made = _low_rank(site, state, ticket, (q, k, v), setting, opts) if ticket.low_rank else None
         state.leave(ticket, made is not None, q, k, v)
@@ -141,7 +144,7 @@ def _(q: Any, k: Any, v: Any, owners: Any, scale: Any, causal: Any, site: Any, o
     accumulator = lowrank_op.accumulator(q.dtype)
     out = dense.empty_tokens_first(q, v.shape[-1])
     stat = q.new_empty(q.shape[:-1], dtype=accumulator)
-    return out, stat, q.new_empty(0, dtype=accumulator), torch.empty(4, dtype=torch.int64, device="cpu")
+    return out, stat, q.new_empty(0, dtype=accumulator), torch.empty(5, dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op(
@@ -163,14 +166,14 @@ def _attention_backward(
     version: str,
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    low, degree, substituted, chunk = plan.tolist()
+    low, degree, substituted, chunk, moved = plan.tolist()
     with torch.autocast(q.device.type, enabled=False):
         made: tuple[torch.Tensor | None, ...]
         if q.numel() == 0 or k.numel() == 0:
             made = (torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
         elif low:
             gradient = "substituted" if substituted else "consistent"
-            setting = lowrank_op.Setting(scale, causal, degree, gradient, chunk)
+            setting = lowrank_op.Setting(scale, causal, degree, gradient, chunk, STATISTICS[moved])
             made = lowrank_op.backward(g, q, k, v, out, stat, setting, needs)
         else:
             program = exact(softmax_form(causal))

@@ -14,6 +14,7 @@ Policy = Literal["auto", "low_rank", "exact"]
 Features = Literal["auto", "polynomial", "skeleton"]
 Gradient = Literal["auto", "consistent", "substituted"]
 Inner = Literal["inductor", "eager"]
+CausalStats = Literal["call", "first_chunk"]
 
 MAX_DEGREE = 4
 
@@ -40,6 +41,12 @@ class Options:
     """Degree of the polynomial in place of exp, 1 to 4; None means 2."""
     rank: int | None = None
     """Number of features of families whose rank is free; must be None for polynomials (the degree fixes it)."""
+    shift: bool = True
+    """Subtract mean query and mean key of a head before exp is approximated: exact by itself, and the logits that are
+    left are smaller (math.md §3)."""
+    causal_stats: CausalStats = "call"
+    """Under a causal mask, which tokens those means are taken of. ``call``: all of the call, so that an output depends
+    on later tokens by no more than the approximation error; ``first_chunk``: the first chunk, as a decoder would."""
     gradient: Gradient = "auto"
     """``consistent``: exact gradient of the function computed; ``substituted``: the low-rank form put into exact
     attention's gradient (the paper); ``auto`` means ``consistent``."""
@@ -61,8 +68,10 @@ class Options:
     """Seed of polyattn's own random choices (audit rows); torch's generators are never touched."""
 
     def __post_init__(self) -> None:
-        for name, kind in (("policy", Policy), ("features", Features), ("gradient", Gradient), ("inner", Inner)):
+        kinds = (("policy", Policy), ("features", Features), ("gradient", Gradient), ("inner", Inner))
+        for name, kind in (*kinds, ("causal_stats", CausalStats)):
             _check(name, getattr(self, name) in get_args(kind), getattr(self, name), f"one of {get_args(kind)}")
+        _check("shift", isinstance(self.shift, bool), self.shift, "True or False")
         _check("features", self.features != "skeleton", self.features, "'auto' or 'polynomial' in this version")
         for name in ("tolerance", "relative_tolerance", "gradient_tolerance"):
             value = getattr(self, name)
@@ -110,6 +119,10 @@ class Options:
     @property
     def resolved_gradient(self) -> Literal["consistent", "substituted"]:
         return "substituted" if self.gradient == "substituted" else "consistent"
+
+    def resolved_shift(self, causal: bool) -> str:
+        """Which tokens the means are taken of that queries and keys are shifted by: one of ``shift.STATISTICS``."""
+        return "none" if not self.shift else self.causal_stats if causal else "call"
 
     def key(self) -> str:
         """The fields that change what a site computes, as canonical JSON: the ``options`` argument of the ops."""

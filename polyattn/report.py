@@ -95,6 +95,11 @@ class SiteReport:
         return str(self._of_worst("gradient", self.options.resolved_gradient))
 
     @property
+    def shift(self) -> str:
+        """Which tokens the means are taken of that queries and keys are shifted by; ``none`` where they are not."""
+        return str(self._of_worst("shift", "none"))
+
+    @property
     def tolerance(self) -> float:
         return self.options.tolerance
 
@@ -163,7 +168,11 @@ class SiteReport:
             return ""
         from polyattn.passes import inspection
 
-        return str(inspection.derivation(causal=self.causal, degree=self.degree, gradient=self.gradient))
+        return str(
+            inspection.derivation(
+                causal=self.causal, degree=self.degree, gradient=self.gradient, weighted=self.shift != "none"
+            )
+        )
 
     @property
     def kernels(self) -> dict[str, str]:
@@ -172,7 +181,11 @@ class SiteReport:
             return {}
         from polyattn.passes import inspection
 
-        return dict(inspection.sources(causal=self.causal, degree=self.degree, gradient=self.gradient))
+        return dict(
+            inspection.sources(
+                causal=self.causal, degree=self.degree, gradient=self.gradient, weighted=self.shift != "none"
+            )
+        )
 
     def _graphs(self) -> tuple[fx.GraphModule | None, fx.GraphModule | None]:
         if self.verdict != "low_rank" or self.degree is None:
@@ -187,6 +200,7 @@ class SiteReport:
             shape=sizes,
             scale=self.scale,
             chunk=self.chunk,
+            shift=self.shift,
         )
         return forward, backward
 
@@ -215,6 +229,7 @@ class SiteReport:
             "degree": self.degree,
             "rank": self.rank,
             "gradient": self.gradient,
+            "shift": self.shift,
             "tolerance": self.tolerance,
             "error": self.error,
             "worst_error": self.worst_error,
@@ -242,7 +257,7 @@ class SiteReport:
 
 
 _STATE_FIELDS = (
-    "verdict", "reason", "degree", "rank", "chunk", "gradient", "error", "worst_error", "relative_error",
+    "verdict", "reason", "degree", "rank", "chunk", "gradient", "shift", "error", "worst_error", "relative_error",
     "worst_relative_error", "guarantee", "shape", "flops_before", "flops_after", "calls", "audits", "audited_call",
     "calls_since_audit", "exact_rows",
 )  # fmt: skip
@@ -262,6 +277,7 @@ def _state_lines(state: SiteState, tolerance: float, label: str) -> list[str]:
     head = f"{label}{state.verdict.upper().replace('_', ' ')}"
     if state.verdict == "low_rank":
         head += f", degree {state.degree}, rank {state.rank}, {state.gradient} gradient"
+        head += {"none": "", "call": ", shifted", "first_chunk": ", shifted by the first chunk"}[state.shift]
     lines = textwrap.wrap(f"{head}: {state.reason}", 110, initial_indent="  ", subsequent_indent="    ")
     if state.flops_before:
         lines.append(f"    FLOPs {_count(state.flops_before)} → {_count(state.flops_after)}{_ratio(state)}")

@@ -28,19 +28,38 @@ def only_state() -> guard.SiteState:
 
 
 def dense_polynomial(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, degree: int, causal: bool, chunk: int, substituted: bool
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    degree: int,
+    causal: bool,
+    chunk: int,
+    substituted: bool,
+    shift: str = "none",
 ) -> torch.Tensor:
-    """Attention through the polynomial, written densely; under a mask exp in the diagonal chunks."""
+    """Attention through the polynomial, written densely; under a mask exp in the diagonal chunks.
+
+    ``shift``: the mean query u and the mean key c of each key head are taken off before, and each key weighs
+    exp(u·(k − c)); they are constants of the differentiation.
+    """
     groups = q.shape[1] // k.shape[1]
+    u, c, first = torch.zeros(()), torch.zeros(()), chunk if shift == "first_chunk" else None
+    if shift != "none":
+        c = k.detach()[:, :, :first].mean(2, keepdim=True).repeat_interleave(groups, 1)
+        by_key_head = q.detach()[:, :, :first].unflatten(1, (k.shape[1], groups))
+        u = by_key_head.mean((2, 3)).repeat_interleave(groups, 1)[:, :, None]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    x = q @ k.mT / math.sqrt(q.shape[-1])
+    x = (q - u) @ (k - c).mT / math.sqrt(q.shape[-1])
+    log_weights = (u * (k - c)).sum(-1)[:, :, None] / math.sqrt(q.shape[-1])
     a = sum(x**m / math.factorial(m) for m in range(degree + 1))
     if causal:
         i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])[None]
         a = torch.where(j // chunk < i // chunk, a, torch.where((j // chunk == i // chunk) & (j <= i), x.exp(), 0.0))
+    a = a * log_weights.exp()
     if substituted:
         # exp's own derivative with the polynomial's value in place of exp: d a = a dx
-        a = a.detach() * (1 + x - x.detach())
+        logits = x + log_weights
+        a = a.detach() * (1 + logits - logits.detach())
     return a / a.sum(-1, keepdim=True) @ v
 
 
@@ -69,7 +88,8 @@ def agree(options: dict[str, object], causal: bool, shape: tuple[int, ...], chun
     q, k, v, g = operands(*shape)
     degree, substituted = options["degree"], options.get("gradient") == "substituted"
     assert isinstance(degree, int)
-    wanted = dense_polynomial(q, k, v, degree, causal, chunk, substituted)
+    shift = polyattn.Options.make(options).resolved_shift(causal)
+    wanted = dense_polynomial(q, k, v, degree, causal, chunk, substituted, shift)
     found = polyattn.attention(
         q, k, v, causal=causal, options={**options, "policy": "low_rank", "causal_chunk": chunk, "audit_rows": 0}
     )
@@ -116,6 +136,8 @@ def test_substituted_gradient_is_the_exact_formula_with_the_polynomial(
     causal=st.booleans(),
     chunk=st.integers(1, 17),
     gradient=st.sampled_from(["consistent", "substituted"]),
+    shift=st.booleans(),
+    causal_stats=st.sampled_from(["call", "first_chunk"]),
 )
 def test_random_shapes(
     batch: int,
@@ -129,10 +151,15 @@ def test_random_shapes(
     causal: bool,
     chunk: int,
     gradient: str,
+    shift: bool,
+    causal_stats: str,
 ) -> None:
     guard.reset()
     exact_rows = agree(
-        {"degree": degree, "gradient": gradient}, causal, (batch, kv * groups, kv, n_q, n_k, d, e), chunk
+        {"degree": degree, "gradient": gradient, "shift": shift, "causal_stats": causal_stats},
+        causal,
+        (batch, kv * groups, kv, n_q, n_k, d, e),
+        chunk,
     )
     hypothesis.assume(exact_rows == 0)
 
@@ -183,7 +210,7 @@ def test_rows_without_a_positive_denominator_are_computed_exactly(causal: bool) 
     with torch.no_grad():
         k.add_(1.0)
         q[..., ::3, :] = -3.0
-    options = {"policy": "low_rank", "degree": 1, "causal_chunk": 1, "audit_rows": 0}
+    options = {"policy": "low_rank", "degree": 1, "causal_chunk": 1, "audit_rows": 0, "shift": False}
     ours = polyattn.attention(q, k, v, causal=causal, options=options)
     exact = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     state = only_state()
@@ -191,6 +218,26 @@ def test_rows_without_a_positive_denominator_are_computed_exactly(causal: bool) 
     torch.testing.assert_close(ours[..., 3::3, :], exact[..., 3::3, :], rtol=0, atol=1e-12)
     only = torch.zeros_like(g)
     only[..., 3::3, :] = g[..., 3::3, :]
+    for x, y in zip(
+        torch.autograd.grad(ours, (q, k, v), only), torch.autograd.grad(exact, (q, k, v), only), strict=True
+    ):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_exact_rows_of_shifted_attention_are_those_without_a_positive_denominator(causal: bool) -> None:
+    q, k, v, g = operands(1, 2, 1, 40, 40, 4, 3, size=1.6)
+    with torch.no_grad():
+        q.add_(1.0)  # a mean query, which some keys then outweigh the others by
+    options = {"policy": "low_rank", "degree": 1, "causal_chunk": 4, "audit_rows": 0}
+    ours = polyattn.attention(q, k, v, causal=causal, options=options)
+    low = dense_polynomial(q, k, v, 1, causal, 4, False, "call")
+    exact = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+    is_exact = (ours - exact).abs().amax(-1) < 1e-12
+    is_low = (ours - low).abs().amax(-1) < 1e-9
+    assert int((is_exact & ~is_low).sum()) == only_state().exact_rows > 0
+    assert bool((is_exact | is_low).all())
+    only = g * (is_exact & ~is_low)[..., None]
     for x, y in zip(
         torch.autograd.grad(ours, (q, k, v), only), torch.autograd.grad(exact, (q, k, v), only), strict=True
     ):
@@ -252,7 +299,7 @@ def test_only_the_wanted_gradients_are_computed() -> None:
     k, v = k.detach(), v.detach()
     out = polyattn.attention(q, k, v, options={"policy": "low_rank"})
     (dq,) = torch.autograd.grad(out, (q,), g)
-    wanted = dense_polynomial(q, k, v, 2, False, 1, False)
+    wanted = dense_polynomial(q, k, v, 2, False, 1, False, "call")
     torch.testing.assert_close(dq, torch.autograd.grad(wanted, (q,), g)[0], rtol=0, atol=1e-9)
 
 
@@ -392,7 +439,7 @@ def test_key_mask(name: str, policy: str) -> None:
         x = q @ k.repeat_interleave(2, 1).mT / math.sqrt(5)
         a = (x.exp() if causal else 1 + x + x * x / 2).masked_fill(~full, 0.0)  # with one chunk all of it is exact
         wanted = a / a.sum(-1, keepdim=True) @ v.repeat_interleave(2, 1)
-    options = {"policy": policy, "causal_chunk": 32, "audit_rows": 0}
+    options = {"policy": policy, "causal_chunk": 32, "audit_rows": 0, "shift": False}
     found = polyattn.attention(q, k, v, key_mask=mask, causal=causal, options=options)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
     for x, y in zip(torch.autograd.grad(found, (q, k, v), g), torch.autograd.grad(wanted, (q, k, v), g), strict=True):
