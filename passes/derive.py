@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -15,6 +15,7 @@ from polyattn.rewriter import rules
 from polyattn.rewriter.expr import Mask, Program, Tensor
 from polyattn.rewriter.interpret import Interpreter
 from polyattn.rewriter.lowrank import Approximation
+from polyattn.rewriter.skeleton import Skeleton
 from polyattn.rewriter.stack import stack
 from polyattn.rewriter.symbols import SUBSCRIPTS
 
@@ -65,15 +66,21 @@ def exact(form_name: str, backward: bool = True) -> Program:
     return rules.reuse(rules.inline(_lift(form, form.function, form.inputs, form.scalars, backward)))
 
 
+def family_of(degree: int | None) -> Approximation | Skeleton:
+    """The approximate rule: a polynomial of a degree, or, without one, skeleton features."""
+    return Skeleton() if degree is None else Approximation(degree)
+
+
 @functools.cache
-def derive(form_name: str, degree: int, gradient: str) -> tuple[Step, ...]:
+def derive(form_name: str, degree: int | None, gradient: str) -> tuple[Step, ...]:
     """The derivation of the low-rank program; the last step's program computes O and every gradient.
 
+    ``degree`` is that of the polynomial in place of exp; None means skeleton features (rewriter/skeleton.py).
     ``substituted`` puts the polynomial into the exact autograd graph (math.md §2a); ``consistent`` traces the vjp of
     the substituted forward (§2b).
     """
     form = FORMS[form_name]
-    approximation = Approximation(degree)
+    approximation = family_of(degree)
     masked = any(isinstance(t, Mask) for t in form.inputs)
     steps: list[Step] = []
 
@@ -82,7 +89,6 @@ def derive(form_name: str, degree: int, gradient: str) -> tuple[Step, ...]:
         return program
 
     substituted = gradient == "substituted"
-    low, high = (str(g).translate(SUBSCRIPTS) for g in (degree - 1, degree))
     p = note(
         "lift",
         f"{form.text}" + (" and its autograd graph, traced (math.md §1)" if substituted else " (math.md §1)"),
@@ -92,7 +98,7 @@ def derive(form_name: str, degree: int, gradient: str) -> tuple[Step, ...]:
         p = note("split", "M = M_near + M_far: j in the chunk of i, j in an earlier chunk (§6)", rules.split_causal(p))
     p = note(
         "approximate",
-        f"exp(S) → p(S) of degree {degree}; the one step that is no identity (§4)",
+        f"{approximation.text}; the one step that is no identity (§4)",
         approximation.apply(p),
     )
     if not substituted:
@@ -100,26 +106,35 @@ def derive(form_name: str, degree: int, gradient: str) -> tuple[Step, ...]:
             "differentiate", "the vjp of the substituted forward, traced (§2b)", _differentiate(form, p, approximation)
         )
         p = note("inline", "an n × n intermediate is written out where it is used (§2)", rules.reuse(rules.inline(p)))
+    p = _as_features(p, degree, note) if degree is not None else note("absorb", ABSORB, rules.absorb(p))
+    note("stack", "X ∘ (G Vᵀ) − X ∘ (δ 1ᵀ) = X ∘ ([G, −δ] [V, 1]ᵀ); A V and A 1 are columns of A [V, 1] (§1)", stack(p))
+    return tuple(steps)
+
+
+ABSORB = "diag(z) (U + W) = diag(z) U + diag(z) W, where nothing else reads U + W"
+
+
+def _as_features(p: Program, degree: int, note: Callable[[str, str, Program], Program]) -> Program:
+    """Polynomials of scores become products of monomials of queries and of keys."""
+    low, high = (str(g).translate(SUBSCRIPTS) for g in (degree - 1, degree))
     p = note(
         "power", "powers of the score are one polynomial per term: a₀ + a₁ S + a₂ S ∘ S + … = p(S)", rules.powers(p)
     )
     p = note(
         "kronecker", "p(U Wᵀ) = Φ(U) diag(w) Φ(W)ᵀ; (U₁ W₁ᵀ) ∘ (U₂ W₂ᵀ) = (U₁ ⊘ U₂) (W₁ ⊘ W₂)ᵀ (§2)", rules.kronecker(p)
     )
-    p = note("absorb", "diag(z) (U + W) = diag(z) U + diag(z) W, where nothing else reads U + W", rules.absorb(p))
-    p = note(
+    p = note("absorb", ABSORB, rules.absorb(p))
+    return note(
         "compress",
         f"the columns of Φ{low}(K) ⊘ K are columns of Φ{high}(K): a monomial times a variable (§2)",
         rules.compress(p),
     )
-    note("stack", "X ∘ (G Vᵀ) − X ∘ (δ 1ᵀ) = X ∘ ([G, −δ] [V, 1]ᵀ); A V and A 1 are columns of A [V, 1] (§1)", stack(p))
-    return tuple(steps)
 
 
-def _differentiate(form: Form, program: Program, approximation: Approximation) -> Program:
+def _differentiate(form: Form, program: Program, approximation: Approximation | Skeleton) -> Program:
     pairs = [t.axes for t in form.inputs if isinstance(t, Mask)]
     masks = tuple(Mask(which, axes) for axes in pairs for which in ("near", "far"))
-    inputs = [*(t for t in form.inputs if not isinstance(t, Mask)), *masks]
+    inputs = [*(t for t in form.inputs if not isinstance(t, Mask)), *masks, *approximation.inputs]
     scalars = [*form.scalars, *(c.name for c in approximation.coefficients)]
 
     def forward(env: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -78,8 +78,11 @@ def exact_cost(form: str) -> sympy.Expr:
 
 
 @functools.cache
-def kernels(causal: bool, degree: int, gradient: str, weighted: bool = False) -> Kernels:
-    """The kernels of softmax attention, derived once per (causal, degree, gradient, weights of the keys)."""
+def kernels(causal: bool, degree: int | None, gradient: str, weighted: bool = False) -> Kernels:
+    """The kernels of softmax attention, derived once per (causal, degree, gradient, weights of the keys).
+
+    ``degree`` None: skeleton features; without a causal mask only, so far.
+    """
     made = plan(derive(softmax_form(causal, weighted), degree, gradient)[-1].program)
     known = saved_by_forward(made)
     denominator = next(n for n, read in known.items() if read.attr == "D")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import sympy
 
 from polyattn.rewriter import expr as ir
-from polyattn.rewriter.expr import Expr, Factor, Map, Mask, Poly, Program, Term
+from polyattn.rewriter.expr import Expr, Factor, Leaf, Map, Mask, Poly, Program, Term
 from polyattn.rewriter.features import taylor
 
 
@@ -25,6 +25,15 @@ class Approximation:
     @property
     def coefficients(self) -> tuple[sympy.Symbol, ...]:
         return tuple(sympy.Symbol(f"a{m}", positive=True) for m in range(self.degree + 1))
+
+    @property
+    def inputs(self) -> tuple[Leaf, ...]:
+        """Tensors that the rule brings into a program: none."""
+        return ()
+
+    @property
+    def text(self) -> str:
+        return f"exp(S) → p(S) of degree {self.degree}"
 
     @property
     def values(self) -> dict[str, float]:

@@ -33,7 +33,17 @@ from polyattn.rewriter.expr import (
 )
 from polyattn.rewriter.plan import Node, Plan, node
 
-NOMINAL = {"n_q": 65536.0, "n_k": 65536.0, "n": 65536.0, "d": 32.0, "e": 32.0, "r": 561.0, "r'": 33.0, "C": 512.0}
+NOMINAL = {
+    "n_q": 65536.0,
+    "n_k": 65536.0,
+    "n": 65536.0,
+    "d": 32.0,
+    "e": 32.0,
+    "r": 561.0,
+    "r'": 33.0,
+    "m": 512.0,
+    "C": 512.0,
+}
 MAX_FACTORS = 9
 
 _Score = tuple[int, float, float, int]

@@ -1,0 +1,98 @@
+"""Skeleton features in the algebra: kernels and both gradients against the densely written approximation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from polyattn.codegen.evaluate import Evaluation
+from polyattn.passes.kernels import kernels
+
+S = 0.4
+Inputs = dict[str, torch.Tensor]
+
+
+def operands(d: int, e: int, n_q: int, n_k: int, m: int, heads: int = 2, groups: int = 2) -> Inputs:
+    generator = torch.Generator().manual_seed(100 * n_q + n_k)
+
+    def rand(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64) * 0.5
+
+    return {
+        "Q": rand(heads, groups, n_q, d),
+        "K": rand(heads, n_k, d),
+        "V": rand(heads, n_k, e),
+        "B": rand(heads, n_k).exp(),
+        "LK": rand(heads, m, d),
+        "LQ": rand(heads, m, d),
+        "Z": rand(heads, m, m).abs(),  # positive denominators
+        "G": rand(heads, groups, n_q, e),
+    }
+
+
+def dense(x: Inputs, weighted: bool, substituted: bool) -> torch.Tensor:
+    """Attention through exp(s Q κᵀ) Z exp(s K λᵀ)ᵀ, written densely."""
+    phi = (S * x["Q"] @ x["LK"].mT[:, None]).exp()
+    psi = (S * x["K"] @ x["LQ"].mT).exp()
+    a = phi @ x["Z"][:, None] @ psi.mT[:, None]
+    logits = S * x["Q"] @ x["K"].mT[:, None]
+    if substituted:  # exp's own derivative with the approximation in place of exp
+        a = a.detach() * (1 + logits - logits.detach())
+    if weighted:
+        a = a * x["B"][:, None, None]
+    return a / a.sum(-1, keepdim=True) @ x["V"][:, None]
+
+
+def compare(x: Inputs, gradient: str, weighted: bool, block: int) -> None:
+    names = ["Q", "K", "V", *(["B"] if weighted else [])]
+    leaves = {name: x[name].clone().requires_grad_() for name in names}
+    wanted = dense({**x, **leaves}, weighted, gradient == "substituted")
+    gradients = torch.autograd.grad(wanted, list(leaves.values()), x["G"])
+    made, d = kernels(False, None, gradient, weighted), x["Q"].shape[-1]
+    forward = Evaluation(made.forward, x, {"s": S}, d, block).run()
+    torch.testing.assert_close(forward["O"], wanted.detach(), rtol=0, atol=1e-9)
+    spec = made.backward([f"d{name}" for name in names])
+    got = Evaluation(spec, {**x, "O": forward["O"], "D": forward["D"]}, {"s": S}, d, block).run()
+    for name, want in zip(names, gradients, strict=True):
+        torch.testing.assert_close(got[f"d{name}"], want, rtol=0, atol=1e-9 * max(1.0, float(want.abs().max())))
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weights of the keys"])
+@pytest.mark.parametrize("gradient", ["consistent", "substituted"])
+def test_kernels_equal_the_dense_approximation(gradient: str, weighted: bool) -> None:
+    compare(operands(5, 3, 23, 19, 7), gradient, weighted, 8)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    gradient=st.sampled_from(["consistent", "substituted"]),
+    weighted=st.booleans(),
+    d=st.integers(1, 6),
+    e=st.integers(1, 6),
+    n_q=st.integers(1, 20),
+    n_k=st.integers(1, 20),
+    m=st.integers(1, 9),
+    groups=st.integers(1, 3),
+    block=st.integers(1, 25),
+)
+def test_any_shape(
+    gradient: str, weighted: bool, d: int, e: int, n_q: int, n_k: int, m: int, groups: int, block: int
+) -> None:
+    compare(operands(d, e, n_q, n_k, m, 1, groups), gradient, weighted, block)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("gradient", ["consistent", "substituted"])
+def test_nothing_of_two_tokens_is_formed_and_costs_are_linear(gradient: str, weighted: bool) -> None:
+    made = kernels(False, None, gradient, weighted)
+    assert made.plan.token_degree() == 1
+    sizes = {"n_q": 10**6, "n_k": 10**6, "d": 64, "e": 64, "m": 512}
+    cost = made.cost()
+    total = int(cost.subs({symbol: sizes[symbol.name] for symbol in cost.free_symbols}))
+    linear = 512 * 64 * 10**6
+    if gradient == "consistent":  # math.md §7: 12 n r (e + 1) and 12 n r d for features and their Jacobians
+        assert total < 34 * linear
+    else:
+        assert total > 64 * 4 * linear
