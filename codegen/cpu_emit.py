@@ -196,6 +196,12 @@ class Writer:
         if weights is not None:
             changes = any(m.scanned for m in walk([n]))
             return self._weigh(self._state(rest, body), weights.attr, changes, body)
+        if n.op in ("contract", "sum") and not any(m.scanned for m in walk([n])):
+            operands = [self._state(a, body) for a in n.args]
+            made = self._values[n] = Value(f"of_states_{len(self._values) + 1}", ordered(letters(n)))
+            code = einsum(operands, made.layout) if n.op == "contract" else self._total(n, operands, made.layout)
+            body.before.append(f"{made.name} = {code}  # {made.shape()}")
+            return made
         raise ScheduleError(f"the CPU target has no code for the state {n} = {n.op}{n.args}")
 
     def _weigh(self, value: Value, coefficients: tuple[sympy.Expr, ...], changes: bool, body: Body) -> Value:
@@ -278,12 +284,23 @@ class Writer:
         self._release(spare.partition("[")[0])
         return self._define(n, target, f"gradient({name}, {low.name}, {spare}, d, starts[:{degree}], views)", body)
 
-    def _sum(self, n: Node, body: Body) -> Value:
+    def _total(self, n: Node, values: Sequence[Value], layout: Layout) -> str:
+        """The expression of a sum of multiples of values in a layout."""
         coefficients, orders = n.attr
         for a, order in zip(n.args, orders, strict=True):
             named = tuple(None if p is None else letters(a)[p] for p in order)
             if any(x is not None and x != y for x, y in zip(named, letters(n), strict=True)):
                 raise ScheduleError(f"the CPU target has no code for the sum {n} over axes of other kinds")
+        text = ""
+        for c, value in zip(coefficients, values, strict=True):
+            term, negative = value.spread(layout), sympy.sympify(c).could_extract_minus_sign()
+            factor = self._number(-c if negative else c)
+            term = term if factor == "1" else f"({factor}) * {term}" if " " in factor else f"{factor} * {term}"
+            text += (" - " if text else "-") + term if negative else (" + " if text else "") + term
+        return text
+
+    def _sum(self, n: Node, body: Body) -> Value:
+        coefficients, _ = n.attr
         if body.reads(n) != n.args:
             (inner,) = n.args
             operands = [self._value(a, body) for a in inner.args]
@@ -298,13 +315,7 @@ class Writer:
             raise ScheduleError(f"the CPU target has no code for {n}, a multiple of {inner} = contract{inner.args}")
         values = [self._value(a, body) for a in n.args]
         layout = next((v.layout for v in values if set(v.layout) == set(letters(n))), ordered(letters(n)))
-        text = ""
-        for c, value in zip(coefficients, values, strict=True):
-            term, negative = value.spread(layout), sympy.sympify(c).could_extract_minus_sign()
-            factor = self._number(-c if negative else c)
-            term = term if factor == "1" else f"({factor}) * {term}" if " " in factor else f"{factor} * {term}"
-            text += (" - " if text else "-") + term if negative else (" + " if text else "") + term
-        return self._define(n, layout, text, body)
+        return self._define(n, layout, self._total(n, values, layout), body)
 
     def _concat(self, n: Node, body: Body) -> Value:
         widths, constants = n.attr

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 
 import sympy
 
-from polyattn.codegen.spec import FEATURES, TOKENS, WIDTHS
+from polyattn.codegen.spec import FEATURES, MARKS, TOKENS, WIDTHS
 from polyattn.errors import ScheduleError
 
-TILE_ORDER = (*FEATURES, *WIDTHS, *TOKENS)
-STATE_ORDER = (*WIDTHS, *FEATURES)
-SIZES = {"a": "d", "b": "e", "b̂": "e + 1", "i": "T_q", "j": "T_k", "t": "T"}
+LONG = (*FEATURES, *MARKS)
+"""Axes of features of either family."""
+TILE_ORDER = (*LONG, *WIDTHS, *TOKENS)
+STATE_ORDER = (*WIDTHS, *LONG)
+SIZES = {"a": "d", "b": "e", "b̂": "e + 1", "i": "T_q", "j": "T_k", "t": "T", **dict.fromkeys(MARKS, "m")}
 
 Layout = tuple[str, ...]
 
@@ -118,7 +120,7 @@ def shared(layout: Layout) -> Layout:
 
 def large(layout: Layout) -> bool:
     """Whether a tile is large enough for memory of its own."""
-    return len(layout) > 2 or layout == TOKENS or any(x in FEATURES for x in layout)
+    return len(layout) > 2 or layout == TOKENS or any(x in LONG for x in layout)
 
 
 def column(k: int, wide: int, count: int) -> str:
@@ -147,7 +149,7 @@ def matrices(values: Sequence[Value], layout: Layout) -> tuple[str, str, tuple[i
 
 
 def einsum(values: Sequence[Value], layout: Layout) -> str:
-    names = dict(zip((*WIDTHS, *TOKENS, *FEATURES), "abcijrstuv", strict=True))
+    names = dict(zip((*WIDTHS, *TOKENS, *LONG), "abcijrstuvmn", strict=True))
     terms = ["".join(("" if v.plain else "h", *(names[x] for x in v.layout))) for v in values]
     return (
         f'torch.einsum("{",".join(terms)}->h{"".join(names[x] for x in layout)}", {", ".join(v.name for v in values)})'

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import sympy
 
-from polyattn.codegen.cpu_layout import Layout, Value, ordered
+from polyattn.codegen.cpu_layout import LONG, Layout, Value, ordered
 from polyattn.codegen.schedule import accumulates
 from polyattn.codegen.spec import FEATURES, TOKENS, WIDTHS, letters
 from polyattn.errors import ScheduleError
@@ -141,10 +141,10 @@ class Body:
         if n.op == "concat":
             return "g_hat" if side == "q" else "v_hat"
         if n.op == "map":
-            return "inverse" if n.attr == "reciprocal" else "attention" if n.tokens == 2 else f"exp_{side}"
+            return "inverse" if n.attr == "reciprocal" else "attention" if n.tokens == 2 else f"phi_{side}"
         if n.tokens == 2:
             return "d_scores" if {"exp", "G"} <= read else "d_attention" if "G" in read else "scores"
-        if any(x in FEATURES for x in found):
+        if any(x in LONG for x in found):
             return f"rows_{side}"
         widths = [x for x in found if x in WIDTHS]
         if len(widths) > 1:

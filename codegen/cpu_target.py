@@ -86,11 +86,12 @@ def emit(spec: KernelSpec) -> str:
 def _header(spec: KernelSpec, writer: Writer) -> str:
     outputs = ", ".join(name for loop in spec.loops for name, _ in loop.stores) or "states"
     mask = "under a causal mask, in chunks" if spec.chunked else "without a mask"
-    degree = max(writer.ranks.values(), default=0)
-    lines = [f'"""{spec.name} of low-rank attention, degree {degree}, {mask}: {outputs}.', ""]
+    family = f"degree {max(writer.ranks.values())}" if writer.ranks else "skeleton features"
+    lines = [f'"""{spec.name} of low-rank attention, {family}, {mask}: {outputs}.', ""]
     lines += [
         "Q [H, groups, n_q, d], G and O [H, groups, n_q, e], D [H, groups, n_q]; K [H, n_k, d], V [H, n_k, e]"
         + (", B [H, n_k]." if "B" in spec.inputs else "."),
+        *(["Landmarks LK of keys and LQ of queries [H, m, d], core Z [H, m, m]."] if "Z" in spec.inputs else []),
         "A block has T_k keys and T_q queries, those of all groups that share the keys.",
         "",
     ]
@@ -123,6 +124,7 @@ def _run(spec: KernelSpec, writer: Writer) -> str:
     lines = [f"{', '.join(named)} = " + ", ".join(f'inputs["{name}"]' for name in named)]
     lines += ["H, groups, n_q, d = Q.shape", "n_k = K.shape[1]"]
     lines += [f"e = {name}.shape[-1]" for name in ("V", "G", "O") if name in named][:1]
+    lines += [f"m = {name}.shape[1]" for name in ("LK", "LQ", "Z") if name in named][:1]
     lines += [f"{name} = math.comb(d + {degree}, {degree})" for name, degree in sorted(writer.ranks.items())]
     lines += [f'{name} = scalars["{name}"]' for name in sorted(writer.symbols)]
     lines += [f'{name} = weights["{name}"]' for name in writer.weights.values()]

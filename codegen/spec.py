@@ -14,11 +14,14 @@ from polyattn.errors import ScheduleError
 from polyattn.rewriter.expr import Kind
 from polyattn.rewriter.plan import Node, flops
 from polyattn.rewriter.rules import RANK_LETTERS
+from polyattn.rewriter.skeleton import OF_KEYS, OF_QUERIES
 
 QUERY_SIDE = frozenset({"Q", "G", "O", "D", "dQ"})
 """Inputs and outputs whose tokens are queries; the others' are keys."""
 TOKENS, FEATURES, WIDTHS = ("i", "j"), tuple(RANK_LETTERS), ("a", "b", "b̂")
 """Letters of the axes that the targets know: tokens, features by degree from the top, head and value."""
+MARKS = (OF_KEYS.letter, OF_QUERIES.letter)
+"""Landmarks, the axes of skeleton features."""
 
 
 def letters(n: Node) -> tuple[str, ...]:
@@ -28,7 +31,7 @@ def letters(n: Node) -> tuple[str, ...]:
         ScheduleError: two axes of one kind, or an axis that no target knows.
     """
     found = tuple(kind.letter for kind in n.axes)
-    if len(set(found)) != len(found) or not set(found) <= {*TOKENS, *FEATURES, *WIDTHS}:
+    if len(set(found)) != len(found) or not set(found) <= {*TOKENS, *FEATURES, *MARKS, *WIDTHS}:
         raise ScheduleError(f"no tile has the axes {list(found)} of {n.op}")
     return found
 

@@ -12,7 +12,7 @@ import sympy
 import torch
 
 from polyattn.codegen import tables
-from polyattn.codegen.spec import FEATURES, QUERY_SIDE, KernelSpec
+from polyattn.codegen.spec import FEATURES, MARKS, QUERY_SIDE, KernelSpec
 from polyattn.codegen.triton_emit import letters, rank_name
 from polyattn.codegen.triton_kernels import CONSTANTS, Launch, Writer
 from polyattn.errors import ScheduleError
@@ -42,6 +42,8 @@ def emit(spec: KernelSpec) -> Emitted:
     Raises:
         ScheduleError: a node of the plan has no Triton code; the message says which.
     """
+    if any(kind.letter in MARKS for loop in spec.loops for n in (*loop.tiles, *loop.accumulate) for kind in n.axes):
+        raise ScheduleError("skeleton features have no Triton code yet")
     writer = Writer(spec)
     writer.write()
     for name, n in spec.states:

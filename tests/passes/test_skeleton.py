@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polyattn.codegen import cpu_target, triton_target
 from polyattn.codegen.evaluate import Evaluation
+from polyattn.errors import ScheduleError
 from polyattn.passes.kernels import kernels
 
 S = 0.4
@@ -92,7 +94,33 @@ def test_nothing_of_two_tokens_is_formed_and_costs_are_linear(gradient: str, wei
     cost = made.cost()
     total = int(cost.subs({symbol: sizes[symbol.name] for symbol in cost.free_symbols}))
     linear = 512 * 64 * 10**6
-    if gradient == "consistent":  # math.md §7: 12 n r (e + 1) and 12 n r d for features and their Jacobians
-        assert total < 34 * linear
+    if gradient == "consistent":  # 24 n r e as math.md §7 counts; the backward forms states and features again
+        assert total < 35 * linear
     else:
         assert total > 64 * 4 * linear
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weights of the keys"])
+@pytest.mark.parametrize("gradient", ["consistent", "substituted"])
+@pytest.mark.parametrize(("n_q", "n_k", "block"), [(23, 19, 8), (1, 17, 5), (16, 1, 16), (31, 40, 64)])
+def test_emitted_cpu_code_equals_evaluate(gradient: str, weighted: bool, n_q: int, n_k: int, block: int) -> None:
+    x = operands(5, 3, n_q, n_k, 7)
+    made = kernels(False, None, gradient, weighted)
+    names = ("dQ", "dK", "dV", *(["dB"] if weighted else []))
+    forward = Evaluation(made.forward, x, {"s": S}, 5, block).run()
+    given_ = {**x, "O": forward["O"], "D": forward["D"]}
+    pairs = [(forward, cpu_target.run(made.forward, x, {"s": S}, 5, block))]
+    for wanted in (names, ("dQ",), ("dK", "dV")):
+        spec = made.backward(wanted)
+        pairs.append(
+            (Evaluation(spec, given_, {"s": S}, 5, block).run(), cpu_target.run(spec, given_, {"s": S}, 5, block))
+        )
+    for want, got in pairs:
+        assert want.keys() == got.keys()
+        for name, value in want.items():
+            torch.testing.assert_close(got[name], value, rtol=1e-10, atol=1e-11)
+
+
+def test_what_has_no_code_yet_says_so() -> None:
+    with pytest.raises(ScheduleError, match="skeleton features have no Triton code yet"):
+        triton_target.emit(kernels(False, None, "consistent").forward)
