@@ -32,7 +32,7 @@ class Derivation:
 
     steps: tuple[Step, ...]
     form: str
-    degree: int
+    degree: int | None
     gradient: str
     shape: Mapping[str, int] | None = None
 
@@ -67,7 +67,7 @@ def _gradients(outputs: Mapping[str, object]) -> list[str]:
 
 
 def derivation(
-    *, causal: bool, degree: int, gradient: str, shape: Mapping[str, int] | None = None, weighted: bool = False
+    *, causal: bool, degree: int | None, gradient: str, shape: Mapping[str, int] | None = None, weighted: bool = False
 ) -> Derivation:
     """The derivation of softmax attention; ``str`` of it is the readable log, with numbers if a shape is given.
 
@@ -76,12 +76,12 @@ def derivation(
     return derivation_of(softmax_form(causal, weighted), degree, gradient, shape)
 
 
-def derivation_of(form: str, degree: int, gradient: str, shape: Mapping[str, int] | None = None) -> Derivation:
+def derivation_of(form: str, degree: int | None, gradient: str, shape: Mapping[str, int] | None = None) -> Derivation:
     """The derivation of any form of ``passes/forms.py``."""
     return Derivation(derive(form, degree, gradient), form, degree, gradient, shape)
 
 
-def sources(*, causal: bool, degree: int, gradient: str, weighted: bool = False) -> dict[str, str]:
+def sources(*, causal: bool, degree: int | None, gradient: str, weighted: bool = False) -> dict[str, str]:
     """Texts by name: ``forward.specification``, ``forward.cpu``, ``forward.triton``, and the same of ``backward``."""
     made = kernels(causal, degree, gradient, weighted)
     specs = {"forward": made.forward, "backward": made.backward(("dQ", "dK", "dV"))}

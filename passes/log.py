@@ -23,6 +23,7 @@ from polyattn.rewriter.expr import Expr, Factor, Program, Term
 from polyattn.rewriter.order import plan
 from polyattn.rewriter.recipe import Block, Recipe, recipe
 from polyattn.rewriter.recipe import Step as Line
+from polyattn.rewriter.skeleton import M
 from polyattn.rewriter.symbols import LATEX, SUBSCRIPTS
 from polyattn.rewriter.tensor import Kind, Leaf, Map, Mask, Poly, R, Tensor
 
@@ -41,7 +42,7 @@ class Log:
     """Writes the log of one form, degree and gradient."""
 
     form: str
-    degree: int
+    degree: int | None
     gradient: str
 
     def write(
@@ -69,16 +70,19 @@ class Log:
 
     def _head(self) -> list[str]:
         g = self.degree
-        ranks = [
-            f"Φ{str(m).translate(SUBSCRIPTS)} has {name} = C(d+{m}, {m}) columns"
-            for m, name in ((g, "r"), (g - 1, "r′"))
-            if m > 0
-        ]
+        if g is None:
+            family = "skeleton features"
+            features = "LK and LQ are m landmarks of keys and of queries, Z is the core; all are constants."
+        else:
+            ranks = [
+                f"Φ{str(m).translate(SUBSCRIPTS)} has {name} = C(d+{m}, {m}) columns"
+                for m, name in ((g, "r"), (g - 1, "r′"))
+                if m > 0
+            ]
+            family, features = f"degree {g}", f"Monomials of a row: {'; '.join(ranks)}."
         text = [
-            f"derivation of {FORMS[self.form].text}: degree {g}, {self.gradient} gradient",
-            "Per head: n tokens, queries and keys of width d, values of width e, cotangent G of O. Monomials of a row: "
-            + "; ".join(ranks)
-            + ".",
+            f"derivation of {FORMS[self.form].text}: {family}, {self.gradient} gradient",
+            f"Per head: n tokens, queries and keys of width d, values of width e, cotangent G of O. {features}",
             "A product a b binds before ∘ (elementwise) and ⊘ (row-wise Kronecker); parentheses are computed first; "
             "1 is a column of ones; a hat marks one column more.",
             "FLOPs are those of the program as it stands, in the best order that the planner finds for it.",
@@ -146,9 +150,10 @@ class Log:
         for name, value in costs.items():
             lines.append(f"  {name.ljust(wide)}  {write_leading(value, self.degree)}")
             lines += _wrapped(["= " + write(value)], " " * (wide + 4))
-        heavy = [cost.leading(costs[f"{name} backward"].coeff(R) * R, self.degree) for name in _RATIO]
+        r = M if self.degree is None else R
+        heavy = [cost.leading(costs[f"{name} backward"].coeff(r) * r, self.degree) for name in _RATIO]
         ratio = _quotient(sympy.cancel(heavy[0] / heavy[1]))
-        lines.append(f"  {' / '.join(_RATIO)} backward, leading terms in r: {ratio}")
+        lines.append(f"  {' / '.join(_RATIO)} backward, leading terms in {r}: {ratio}")
         return lines
 
     def _numbers(self, costs: Mapping[str, sympy.Expr], shape: Mapping[str, int]) -> list[str]:

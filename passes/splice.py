@@ -52,7 +52,7 @@ def splice_gradients(site: Site, call: fx.Node, backward: Callable[..., Any], ve
     Args:
         site: a site with gradients, spliced by now; those that ``g`` may come from, later sites, not yet.
         call: what :func:`splice` returned.
-        backward: ``torch.ops.polyattn.attention_backward.default`` (g, q, k, v, out, stat, plan, scale, causal,
+        backward: ``torch.ops.polyattn.attention_backward.default`` (g, q, k, v, out, stat, fitted, plan, scale, causal,
         version, needs) -> (dq, dk, dv).
 
     Raises:
@@ -68,9 +68,9 @@ def splice_gradients(site: Site, call: fx.Node, backward: Callable[..., Any], ve
     if site.gradients.g.transposed:
         g = write.call(_aten.transpose.int, g, -2, -1)
     g = write.fold(g, site.batch, [site.gradients.g.tokens, site.gradients.g.features])
-    out, stat, plan = (write.call(operator.getitem, call, at) for at in (0, 1, 3))
+    saved = [write.call(operator.getitem, call, at) for at in range(4)]
     needs = [gradient is not None for gradient in site.gradients.given]
-    made = write.call(backward, g, *call.args[:3], out, stat, plan, call.args[4], site.causal, version, needs)
+    made = write.call(backward, g, *call.args[:3], *saved, call.args[4], site.causal, version, needs)
     for at, gradient in enumerate(site.gradients.given):
         if gradient is None:
             continue

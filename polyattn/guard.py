@@ -22,7 +22,8 @@ from polyattn.passes.forms import softmax_form
 from polyattn.passes.kernels import exact_cost, kernels
 from polyattn.recompute import Calls, inside_backward
 from polyattn.rewriter.expr import CHUNK, N_K, N_Q, R1, D, E, R
-from polyattn.rewriter.features import rank, rank_formula
+from polyattn.rewriter.features import rank_formula
+from polyattn.rewriter.skeleton import M
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class SiteState:
     reason: str
     degree: int | None
     rank: int | None
+    features: str
+    """Family of features: ``polynomial``, ``skeleton``, or ``none`` for exact attention."""
     chunk: int | None
     gradient: str
     shift: str
@@ -64,6 +67,8 @@ class SiteState:
     audited_call: int = 0
     """Number of the last audited call, from 1; 0 before the first audit."""
     exact_rows: int = 0
+    landmarks: torch.Tensor | None = field(default=None, repr=False, compare=False)
+    """Of skeleton features, as :class:`polyattn.lowrank_op.Setting` has them; fitted at the first low-rank call."""
     warned: bool = False
     recent: Calls = field(default_factory=Calls, repr=False, compare=False)
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
@@ -120,7 +125,8 @@ class SiteState:
             self.verdict, self.guarantee = "exact", "exact"
             self.flops_after, self.flops_after_symbolic = self.flops_before, self.flops_before_symbolic
             self.degree = self.rank = self.chunk = None
-            self.shift = "none"
+            self.shift = self.features = "none"
+            self.landmarks = None
 
 
 def larger(a: float | None, b: float) -> float:
@@ -162,29 +168,37 @@ def reset() -> None:
 
 
 @functools.cache
-def symbolic_costs(causal: bool, degree: int, gradient: str, weighted: bool = False) -> tuple[sympy.Expr, sympy.Expr]:
+def symbolic_costs(
+    causal: bool, degree: int | None, gradient: str, weighted: bool = False
+) -> tuple[sympy.Expr, sympy.Expr]:
     """FLOPs per head, forward and backward, of exact attention and of the low-rank plan (r, r' as polynomials of d)."""
     dense = exact_cost(softmax_form(causal))
     if causal:
         # Half of the pairs of tokens are masked; terms without a pair are lower order.
         dense = dense / 2
     cheap = kernels(causal, degree, gradient, weighted).cost()
-    features = {R: rank_formula(degree), R1: rank_formula(degree - 1)}
+    features = {} if degree is None else {R: rank_formula(degree), R1: rank_formula(degree - 1)}
     return sympy.expand(dense), sympy.expand(cheap.subs(features))
 
 
 def costs(
-    shape: dict[str, int], causal: bool, degree: int, gradient: str, chunk: int, weighted: bool = False
+    shape: dict[str, int],
+    causal: bool,
+    degree: int | None,
+    gradient: str,
+    chunk: int,
+    weighted: bool = False,
+    landmarks: int = 0,
 ) -> tuple[int, int]:
     """The same as numbers, for all heads; grouped queries count as further rows of a key head."""
     groups = shape["heads"] // shape["kv_heads"]
-    values = {N_Q: shape["n_q"] * groups, N_K: shape["n_k"], D: shape["d"], E: shape["e"], CHUNK: chunk}
+    values = {N_Q: shape["n_q"] * groups, N_K: shape["n_k"], D: shape["d"], E: shape["e"], CHUNK: chunk, M: landmarks}
     heads = shape["batch"] * shape["kv_heads"]
     before, after = symbolic_costs(causal, degree, gradient, weighted)
     return int(before.subs(values)) * heads, int(after.subs(values)) * heads
 
 
-def chunk_length(options: Options, d: int, degree: int, device: str) -> int:
+def chunk_length(options: Options, d: int, device: str) -> int:
     """Tokens per chunk under a causal mask.
 
     The near field costs 4 C d per token, the far field does not depend on C: short chunks need fewer FLOPs, long ones
@@ -193,20 +207,24 @@ def chunk_length(options: Options, d: int, degree: int, device: str) -> int:
     """
     if options.causal_chunk is not None:
         return options.causal_chunk
-    below = 1 << (rank(d, degree) - 1).bit_length() >> 1
+    below = 1 << (options.resolved_rank(d) - 1).bit_length() >> 1
     return min(256, max(128, below // 4)) if device == "cpu" else min(512, max(64, below))
 
 
 def decide(shape: dict[str, int], causal: bool, options: Options, device: str) -> SiteState:
     """The verdict by policy and cost; the audit comes after the first low-rank forward."""
     degree, gradient = options.resolved_degree, options.resolved_gradient
-    chunk = chunk_length(options, shape["d"], degree, device)
+    chunk, rank = chunk_length(options, shape["d"], device), options.resolved_rank(shape["d"])
     moved = options.resolved_shift(causal)
-    before, after = costs(shape, causal, degree, gradient, chunk, moved != "none")
-    symbolic = symbolic_costs(causal, degree, gradient, moved != "none")
+    possible = not (causal and degree is None)
+    known = degree if possible else 2
+    before, after = costs(shape, causal, known, gradient, chunk, moved != "none", rank)
+    symbolic = symbolic_costs(causal, known, gradient, moved != "none")
     verdict: Literal["low_rank", "exact"] = "low_rank"
     if options.policy == "exact":
         verdict, reason = "exact", "policy='exact'"
+    elif not possible:
+        verdict, reason = "exact", "skeleton features have no form under a causal mask yet"
     elif options.policy == "low_rank":
         reason = "policy='low_rank'"
     elif options.audit_rows == 0:
@@ -220,7 +238,8 @@ def decide(shape: dict[str, int], causal: bool, options: Options, device: str) -
         verdict=verdict,
         reason=reason,
         degree=degree if low else None,
-        rank=rank(shape["d"], degree) if low else None,
+        rank=rank if low else None,
+        features=("skeleton" if degree is None else "polynomial") if low else "none",
         chunk=chunk if low and causal else None,
         gradient=gradient,
         shift=moved if low else "none",

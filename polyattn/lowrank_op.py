@@ -32,11 +32,23 @@ class Setting:
 
     scale: float
     causal: bool
-    degree: int
+    degree: int | None
+    """Of the polynomial; None for skeleton features."""
     gradient: str
     chunk: int
     shift: str = "none"
     """Which tokens the means are taken of that queries and keys are shifted by (codegen/shift.py)."""
+
+    landmarks: torch.Tensor | None = None
+    """Of skeleton features, [kv_heads, m, 2 d + m]: landmarks of keys and of queries, and core, side by side."""
+
+    def skeleton(self, heads: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Inputs of the kernels for all heads, batch elements one after the other; none for polynomials."""
+        if self.landmarks is None:
+            return {}
+        d = like.shape[-1]
+        packed = self.landmarks.to(like.dtype).repeat(heads // self.landmarks.shape[0], 1, 1)
+        return {"LK": packed[..., :d], "LQ": packed[..., d : 2 * d], "Z": packed[..., 2 * d :].contiguous()}
 
     @property
     def weighted(self) -> bool:
@@ -79,6 +91,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, setting: Setting)
     if setting.weighted:
         moved = setting.shifted(q, k)
         inputs.update(Q=moved.q, K=moved.k, B=moved.weights)
+    inputs.update(setting.skeleton(len(k), q))
     result = _run(made.forward, inputs, setting)
     out, denominators = result["O"], result["D"]
     bad = ~(torch.isfinite(denominators) & (denominators > 0) & torch.isfinite(out).all(-1))
@@ -118,7 +131,7 @@ def backward(
     low_d = stats.masked_fill(bad, 1.0) if some else stats
     wanted = tuple(name for name, need in zip(("dQ", "dK", "dV"), needs, strict=True) if need)
     made = kernels(setting.causal, setting.degree, setting.gradient, setting.weighted)
-    inputs = {"Q": low_q, "K": ks, "V": vs, "G": low_g, "O": low_o, "D": low_d}
+    inputs = {"Q": low_q, "K": ks, "V": vs, "G": low_g, "O": low_o, "D": low_d, **setting.skeleton(len(ks), qs)}
     if moved is None:
         result = _run(made.backward(wanted), inputs, setting)
     else:
@@ -161,10 +174,10 @@ def _with_exact_rows(
 def _run(spec: KernelSpec, inputs: Mapping[str, torch.Tensor], setting: Setting) -> dict[str, torch.Tensor]:
     """One specification over all heads, a group of heads at a time."""
     heads, groups, _, d = inputs["Q"].shape
-    r = features.rank(d, setting.degree)
+    r = inputs["Z"].shape[-1] if setting.degree is None else features.rank(d, setting.degree)
     block = setting.chunk if setting.causal else block_length(r, groups)
     step = min(heads, target.heads_at_once(inputs["Q"].device, groups, block * r))
-    scalars = {"s": setting.scale, **Approximation(setting.degree).values}
+    scalars = {"s": setting.scale, **({} if setting.degree is None else Approximation(setting.degree).values)}
     parts = []
     for at in range(0, heads, step):
         some = {name: x[at : at + step] for name, x in inputs.items()}

@@ -11,12 +11,13 @@ import hashlib
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from polyattn import guard, keymask, lowrank_op
+from polyattn import guard, keymask, landmarks, lowrank_op
 from polyattn.audit import audit
 from polyattn.codegen import exact as dense
 from polyattn.codegen.shift import STATISTICS
@@ -77,6 +78,14 @@ def _options(key: str) -> Options:
     return Options.from_key(key)
 
 
+def _landmarks_shape(options: Options, k: torch.Tensor, causal: bool) -> tuple[int, ...]:
+    """Of the third result: what a backward must have of fitted features; nothing for polynomials."""
+    if options.resolved_degree is not None or causal or options.policy == "exact":
+        return (0,)
+    m = options.resolved_rank(k.shape[-1])
+    return (k.shape[1], m, 2 * k.shape[-1] + m)
+
+
 @torch.library.custom_op(
     "polyattn::attention",
     mutates_args=(),
@@ -96,27 +105,30 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     opts = _options(options)
     accumulator = lowrank_op.accumulator(q.dtype)
-    unused = torch.zeros(0, dtype=accumulator, device=q.device)
-    chunk = guard.chunk_length(opts, q.shape[-1], opts.resolved_degree, q.device.type)
+    fitted = q.new_zeros(_landmarks_shape(opts, k, causal), dtype=accumulator)
+    chunk = guard.chunk_length(opts, q.shape[-1], q.device.type)
     moved = opts.resolved_shift(causal)
     substituted = int(opts.resolved_gradient == "substituted")
-    plan = torch.tensor([0, opts.resolved_degree, substituted, chunk, STATISTICS.index(moved)])
+    plan = torch.tensor([0, opts.resolved_degree or 0, substituted, chunk, STATISTICS.index(moved)])
     if q.numel() == 0 or k.numel() == 0:  # nothing to decide, and nothing that torch's kernel survives
         out, stat = dense.empty_tokens_first(q, v.shape[-1]).zero_(), q.new_zeros(q.shape[:-1], dtype=accumulator)
-        return out, stat, unused, plan
+        return out, stat, fitted, plan
     where = guard.key(site, owners, options, causal, scale, q.shape[-1], v.shape[-1])
     state = guard.find(where) or guard.keep(where, guard.decide(_shape(q, k, v), causal, opts, q.device.type))
     ticket = state.enter(opts, q, k, v)
     setting = lowrank_op.Setting(scale, causal, opts.resolved_degree, opts.resolved_gradient, chunk, moved)
     with torch.autocast(q.device.type, enabled=False):
+        if ticket.low_rank and setting.degree is None:
+            made_of = landmarks.of(site, state, (q, k, v), setting, opts)
+            setting, fitted = replace(setting, landmarks=made_of), made_of.clone()
         made = _low_rank(site, state, ticket, (q, k, v), setting, opts) if ticket.low_rank else None
         state.leave(ticket, made is not None, q, k, v)
         plan[0] = int(made is not None)
         if made is None:
             out, lse = dense.forward(q, k, v, scale, causal)
-            return dense.tokens_first(out), lse.to(accumulator), unused, plan
+            return dense.tokens_first(out), lse.to(accumulator), fitted, plan
         out = dense.tokens_first(made.out.reshape(*q.shape[:-1], v.shape[-1]).to(q.dtype))
-        return out, made.denominators.reshape(q.shape[:-1]), unused, plan
+        return out, made.denominators.reshape(q.shape[:-1]), fitted, plan
 
 
 def _low_rank(
@@ -144,13 +156,15 @@ def _(q: Any, k: Any, v: Any, owners: Any, scale: Any, causal: Any, site: Any, o
     accumulator = lowrank_op.accumulator(q.dtype)
     out = dense.empty_tokens_first(q, v.shape[-1])
     stat = q.new_empty(q.shape[:-1], dtype=accumulator)
-    return out, stat, q.new_empty(0, dtype=accumulator), torch.empty(5, dtype=torch.int64, device="cpu")
+    fitted = q.new_empty(_landmarks_shape(_options(options), k, causal), dtype=accumulator)
+    return out, stat, fitted, torch.empty(5, dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op(
     "polyattn::attention_backward",
     mutates_args=(),
-    schema="(Tensor g, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stat, Tensor plan, float scale, bool causal, "
+    schema="(Tensor g, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stat, Tensor fitted, Tensor plan, float scale, "
+    "bool causal, "
     "str version, bool[] needs) -> (Tensor, Tensor, Tensor)",
 )
 def _attention_backward(
@@ -160,6 +174,7 @@ def _attention_backward(
     v: torch.Tensor,
     out: torch.Tensor,
     stat: torch.Tensor,
+    fitted: torch.Tensor,
     plan: torch.Tensor,
     scale: float,
     causal: bool,
@@ -173,7 +188,8 @@ def _attention_backward(
             made = (torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
         elif low:
             gradient = "substituted" if substituted else "consistent"
-            setting = lowrank_op.Setting(scale, causal, degree, gradient, chunk, STATISTICS[moved])
+            marks = None if degree else fitted
+            setting = lowrank_op.Setting(scale, causal, degree or None, gradient, chunk, STATISTICS[moved], marks)
             made = lowrank_op.backward(g, q, k, v, out, stat, setting, needs)
         else:
             program = exact(softmax_form(causal))
@@ -189,7 +205,18 @@ def _attention_backward(
 
 @_attention_backward.register_fake
 def _(
-    g: Any, q: Any, k: Any, v: Any, out: Any, stat: Any, plan: Any, scale: Any, causal: Any, version: Any, needs: Any
+    g: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    stat: Any,
+    fitted: Any,
+    plan: Any,
+    scale: Any,
+    causal: Any,
+    version: Any,
+    needs: Any,
 ) -> Any:
     return tuple(
         dense.empty_tokens_first(like, like.shape[-1]) if need else like.new_empty(0)
@@ -199,16 +226,15 @@ def _(
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     q, k, v, owners, scale, causal, _, _, version = inputs
-    out, stat, _, plan = output
-    ctx.mark_non_differentiable(stat, output[2], plan)
-    ctx.save_for_backward(q, k, v, out, stat, plan)
+    out, stat, fitted, plan = output
+    ctx.mark_non_differentiable(stat, fitted, plan)
+    ctx.save_for_backward(q, k, v, out, stat, fitted, plan)
     ctx.scale, ctx.causal, ctx.version, ctx.owners = scale, causal, version, len(owners)
 
 
 def _backward(ctx: Any, g: torch.Tensor, *unused: Any) -> Any:
     needs = list(ctx.needs_input_grad[:3])
-    q, k, v, out, stat, plan = ctx.saved_tensors
-    made = torch.ops.polyattn.attention_backward(g, q, k, v, out, stat, plan, ctx.scale, ctx.causal, ctx.version, needs)
+    made = torch.ops.polyattn.attention_backward(g, *ctx.saved_tensors, ctx.scale, ctx.causal, ctx.version, needs)
     gradients = [x if need else None for x, need in zip(made, needs, strict=True)]
     return (*gradients, [None] * ctx.owners, None, None, None, None, None)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -36,11 +37,13 @@ class Options:
     policy: Policy = "auto"
     """``auto``: low rank where it is cheaper and an audit holds; ``low_rank``: always; ``exact``: only fuse."""
     features: Features = "auto"
-    """Family of feature maps. ``auto`` means ``polynomial``, the only family so far; ``skeleton`` is refused."""
+    """Family of feature maps in place of exp. ``polynomial``: monomials of queries and keys, for small logits;
+    ``skeleton``: exponentials of landmarks that are fitted to a head at its first call and kept (math.md §2), without a
+    causal mask so far; ``auto`` means ``polynomial``."""
     degree: int | None = None
     """Degree of the polynomial in place of exp, 1 to 4; None means 2."""
     rank: int | None = None
-    """Number of features of families whose rank is free; must be None for polynomials (the degree fixes it)."""
+    """Number of landmarks of skeleton features, 8 to 2048; None means 512. The rank of a polynomial is its own."""
     shift: bool = True
     """Subtract mean query and mean key of a head before exp is approximated: exact by itself, and the logits that are
     left are smaller (math.md §3)."""
@@ -72,7 +75,6 @@ class Options:
         for name, kind in (*kinds, ("causal_stats", CausalStats)):
             _check(name, getattr(self, name) in get_args(kind), getattr(self, name), f"one of {get_args(kind)}")
         _check("shift", isinstance(self.shift, bool), self.shift, "True or False")
-        _check("features", self.features != "skeleton", self.features, "'auto' or 'polynomial' in this version")
         for name in ("tolerance", "relative_tolerance", "gradient_tolerance"):
             value = getattr(self, name)
             _check(name, isinstance(value, (int, float)) and value > 0, value, "a positive number")
@@ -83,7 +85,17 @@ class Options:
             f"an integer from 1 to {MAX_DEGREE}, or None; a higher degree needs too many features "
             "(C(head_dim + degree, degree)), use policy='exact' instead",
         )
-        _check("rank", self.rank is None, self.rank, "None: the degree fixes the rank of polynomial features")
+        rank = self.rank
+        if self.features == "skeleton":
+            _check("degree", self.degree is None, self.degree, "None: skeleton features have no degree")
+            _check(
+                "rank",
+                rank is None or (_is_int(rank) and 8 <= rank <= 2048),
+                rank,
+                "an integer from 8 to 2048, or None",
+            )
+        else:
+            _check("rank", rank is None, rank, "None: the degree fixes the rank of polynomial features")
         chunk = self.causal_chunk
         _check("causal_chunk", chunk is None or (_is_int(chunk) and chunk >= 1), chunk, "a positive integer or None")
         _check("audit_rows", _is_int(self.audit_rows) and self.audit_rows >= 0, self.audit_rows, "an integer >= 0")
@@ -113,8 +125,14 @@ class Options:
         return cls(**options)
 
     @property
-    def resolved_degree(self) -> int:
-        return 2 if self.degree is None else self.degree
+    def resolved_degree(self) -> int | None:
+        """Degree of the polynomial; None for skeleton features."""
+        return None if self.features == "skeleton" else 2 if self.degree is None else self.degree
+
+    def resolved_rank(self, d: int) -> int:
+        """Number of features for a head dim."""
+        degree = self.resolved_degree
+        return (self.rank or 512) if degree is None else math.comb(d + degree, degree)
 
     @property
     def resolved_gradient(self) -> Literal["consistent", "substituted"]:

@@ -85,6 +85,11 @@ class SiteReport:
         return value
 
     @property
+    def features(self) -> str:
+        """Family of features: ``polynomial``, ``skeleton``, or ``none`` for exact attention."""
+        return str(self._of_worst("features", "none"))
+
+    @property
     def chunk(self) -> int | None:
         """Tokens per chunk of a causal low-rank site; None otherwise."""
         value: int | None = self._of_worst("chunk", None)
@@ -164,7 +169,7 @@ class SiteReport:
     @property
     def derivation(self) -> str:
         """The readable log of the rewrite, step by step; empty for a site that is not low rank."""
-        if self.verdict != "low_rank" or self.degree is None:
+        if self.verdict != "low_rank":
             return ""
         from polyattn.passes import inspection
 
@@ -177,7 +182,7 @@ class SiteReport:
     @property
     def kernels(self) -> dict[str, str]:
         """Kernel specifications by name; empty for a site that is not low rank."""
-        if self.verdict != "low_rank" or self.degree is None:
+        if self.verdict != "low_rank":
             return {}
         from polyattn.passes import inspection
 
@@ -206,12 +211,12 @@ class SiteReport:
 
     @property
     def forward_graph(self) -> fx.GraphModule | None:
-        """The rewritten forward as a runnable graph; None for a site that is not low rank."""
+        """The rewritten forward as a runnable graph; None for exact sites, and for skeleton features."""
         return self._graphs()[0]
 
     @property
     def backward_graph(self) -> fx.GraphModule | None:
-        """The rewritten backward as a runnable graph; None for a site that is not low rank."""
+        """The rewritten backward as a runnable graph; None for exact sites, and for skeleton features."""
         return self._graphs()[1]
 
     def to_dict(self) -> dict[str, Any]:
@@ -228,6 +233,7 @@ class SiteReport:
             "reason": self.reason,
             "degree": self.degree,
             "rank": self.rank,
+            "features": self.features,
             "gradient": self.gradient,
             "shift": self.shift,
             "tolerance": self.tolerance,
@@ -257,7 +263,8 @@ class SiteReport:
 
 
 _STATE_FIELDS = (
-    "verdict", "reason", "degree", "rank", "chunk", "gradient", "shift", "error", "worst_error", "relative_error",
+    "verdict", "reason", "degree", "rank", "features", "chunk", "gradient", "shift", "error", "worst_error",
+    "relative_error",
     "worst_relative_error", "guarantee", "shape", "flops_before", "flops_after", "calls", "audits", "audited_call",
     "calls_since_audit", "exact_rows",
 )  # fmt: skip
@@ -276,7 +283,8 @@ def _state_dict(state: SiteState) -> dict[str, Any]:
 def _state_lines(state: SiteState, tolerance: float, label: str) -> list[str]:
     head = f"{label}{state.verdict.upper().replace('_', ' ')}"
     if state.verdict == "low_rank":
-        head += f", degree {state.degree}, rank {state.rank}, {state.gradient} gradient"
+        family = "skeleton features" if state.degree is None else f"degree {state.degree}"
+        head += f", {family}, rank {state.rank}, {state.gradient} gradient"
         head += {"none": "", "call": ", shifted", "first_chunk": ", shifted by the first chunk"}[state.shift]
     lines = textwrap.wrap(f"{head}: {state.reason}", 110, initial_indent="  ", subsequent_indent="    ")
     if state.flops_before:

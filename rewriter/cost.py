@@ -1,7 +1,8 @@
 """Costs as people read them: polynomials in n, d, e, r, r′ and C, and the terms that decide (math.md §7).
 
 ``n_q`` and ``n_k`` are both written n.  A term's weight is its degree in d when r and C grow like d^g, r′ like d^(g−1)
-and e like d; the leading terms are the heaviest ones of the highest power of n.
+and e like d; the leading terms are the heaviest ones of the highest power of n.  Skeleton features have no degree g
+(None): their number m counts like d².
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Mapping
 import sympy
 
 from polyattn.rewriter.features import rank
+from polyattn.rewriter.skeleton import M
 from polyattn.rewriter.symbols import LATEX, TEXT, Style, symbol
 from polyattn.rewriter.tensor import CHUNK, N_K, N_Q, R1, D, E, N, R
 
@@ -49,17 +51,18 @@ def _monomials(x: sympy.Expr) -> Monomials:
     return found
 
 
-def _weight(x: sympy.Expr, degree: int) -> int:
-    weights = {R: degree, CHUNK: degree, R1: degree - 1, D: 1, E: 1, _WIDE: 1}
+def _weight(x: sympy.Expr, degree: int | None) -> int:
+    g = 2 if degree is None else degree
+    weights = {R: g, CHUNK: g, R1: g - 1, M: 2, D: 1, E: 1, _WIDE: 1}
     return sum(int(power) * weights.get(base, 0) for base, power in x.as_powers_dict().items())
 
 
-def weight(sizes: Iterable[sympy.Expr], degree: int) -> int:
+def weight(sizes: Iterable[sympy.Expr], degree: int | None) -> int:
     """The weight of a product of sizes."""
     return sum(_weight(_WIDE if size == E + 1 else size, degree) for size in sizes)
 
 
-def leading(cost: sympy.Expr, degree: int) -> sympy.Expr:
+def leading(cost: sympy.Expr, degree: int | None) -> sympy.Expr:
     """The terms of the highest power of n that weigh most."""
     flat = per_token(cost)
     power = token_power(flat)
@@ -87,7 +90,7 @@ def write(cost: sympy.Expr, style: Style = TEXT) -> str:
     return " + ".join(parts) or "0"
 
 
-def write_leading(cost: sympy.Expr, degree: int, style: Style = TEXT) -> str:
+def write_leading(cost: sympy.Expr, degree: int | None, style: Style = TEXT) -> str:
     """The leading terms, each with its n: ``8 n r (e+1)``, and whether anything is left."""
     top = leading(cost, degree)
     inner = _monomials(top)
@@ -106,15 +109,16 @@ def _sum(inner: Monomials, style: Style) -> str:
 
 def _product(number: sympy.Expr, rest: sympy.Expr, style: Style) -> str:
     powers = rest.as_powers_dict() if rest != 1 else {}
-    order = [N, CHUNK, R, R1, _WIDE, E, D]
+    order = [N, CHUNK, R, R1, M, _WIDE, E, D]
     names = [s for s in order if s in powers] + sorted((s for s in powers if s not in order), key=str)
     parts = [style.power("(e+1)" if s == _WIDE else style.name(symbol(str(s))), int(powers[s])) for s in names]
     head = [str(number)] if number != 1 or not parts else []
     return (r" \, " if style is LATEX else " ").join(head + parts)
 
 
-def sizes(shape: Mapping[str, int], degree: int) -> dict[sympy.Symbol, int]:
-    """Numbers for the symbols: ``n_q``, ``n_k`` (or ``n``), ``d``, ``e`` and, for a causal site, ``chunk``."""
+def sizes(shape: Mapping[str, int], degree: int | None) -> dict[sympy.Symbol, int]:
+    """Numbers for the symbols: ``n_q``, ``n_k`` (or ``n``), ``d``, ``e``; for a causal site ``chunk``, for skeleton
+    features ``rank``."""
     n_q = shape.get("n_q", shape.get("n", 0))
     d = shape["d"]
     found = {
@@ -123,7 +127,6 @@ def sizes(shape: Mapping[str, int], degree: int) -> dict[sympy.Symbol, int]:
         N: n_q,
         D: d,
         E: shape.get("e", d),
-        R: rank(d, degree),
-        R1: rank(d, degree - 1),
     }
-    return found | {CHUNK: shape.get("chunk", min(found[R], n_q))}
+    ranks = {M: shape.get("rank", 512)} if degree is None else {R: rank(d, degree), R1: rank(d, degree - 1)}
+    return found | ranks | {CHUNK: shape.get("chunk", min(next(iter(ranks.values())), n_q))}
