@@ -196,11 +196,14 @@ class Writer:
         if weights is not None:
             changes = any(m.scanned for m in walk([n]))
             return self._weigh(self._state(rest, body), weights.attr, changes, body)
-        if n.op in ("contract", "sum") and not any(m.scanned for m in walk([n])):
+        if n.op in ("contract", "sum"):
             operands = [self._state(a, body) for a in n.args]
-            made = self._values[n] = Value(f"of_states_{len(self._values) + 1}", ordered(letters(n)))
+            changes = any(m.scanned for m in walk([n]))
+            name = body.unused("of_states") if changes else f"of_states_{len(self._values) + 1}_before"
+            made = Value(name, ordered(letters(n)))
+            (body.values if changes else self._values)[n] = made
             code = einsum(operands, made.layout) if n.op == "contract" else self._total(n, operands, made.layout)
-            body.before.append(f"{made.name} = {code}  # {made.shape()}")
+            (body.lines if changes else body.before).append(f"{made.name} = {code}  # {made.shape()}")
             return made
         raise ScheduleError(f"the CPU target has no code for the state {n} = {n.op}{n.args}")
 

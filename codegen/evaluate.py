@@ -19,6 +19,7 @@ from polyattn.rewriter.expr import D, E
 from polyattn.rewriter.features import rank_symbol
 from polyattn.rewriter.interpret import take_part
 from polyattn.rewriter.plan import Node
+from polyattn.rewriter.skeleton import M
 
 TILE_ELEMENTS = 1 << 19
 """Elements of one block's feature tile, all heads of a group together."""
@@ -107,6 +108,7 @@ class Evaluation:
         top = max((t.attr for loop in self.spec.loops for t in loop.tiles if t.op == "features"), default=0)
         ranks = {rank_symbol(lower): features.rank(self.head_dim, top - lower) for lower in range(top + 1)}
         sizes = {D: self.head_dim, E: self.inputs["V"].shape[-1], **ranks}
+        sizes.update({M: x.shape[1] for name, x in self.inputs.items() if name in ("LK", "LQ", "Z")})
         heads = self.inputs["Q"].shape[0]
         return torch.zeros(heads, *(int(k.size.subs(sizes)) for k in n.axes), dtype=self.dtype, device=self.device)
 

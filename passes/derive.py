@@ -11,7 +11,7 @@ import torch
 
 from polyattn.passes.forms import FORMS, Form, Function
 from polyattn.passes.lift import Lifter, kinds_by_size, trace
-from polyattn.rewriter import rules
+from polyattn.rewriter import rules, skeleton
 from polyattn.rewriter.expr import Mask, Program, Tensor
 from polyattn.rewriter.interpret import Interpreter
 from polyattn.rewriter.lowrank import Approximation
@@ -106,6 +106,8 @@ def derive(form_name: str, degree: int | None, gradient: str) -> tuple[Step, ...
             "differentiate", "the vjp of the substituted forward, traced (§2b)", _differentiate(form, p, approximation)
         )
         p = note("inline", "an n × n intermediate is written out where it is used (§2)", rules.reuse(rules.inline(p)))
+        if degree is None:
+            p = note("inline", "so are sums over tokens that have an axis of landmarks", skeleton.inline(p))
     p = _as_features(p, degree, note) if degree is not None else note("absorb", ABSORB, rules.absorb(p))
     note("stack", "X ∘ (G Vᵀ) − X ∘ (δ 1ᵀ) = X ∘ ([G, −δ] [V, 1]ᵀ); A V and A 1 are columns of A [V, 1] (§1)", stack(p))
     return tuple(steps)

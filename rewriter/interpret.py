@@ -116,11 +116,15 @@ class Interpreter:
         out = x.indices
         if not x.terms:
             raise RewriteError("an expression without terms has no shape")
-        # Terms with the same bound indices are added before the sum: a trace then sees one contraction, not several.
+        # Terms with the same bound tokens are added before the sum: a trace then sees one contraction, not several.
         groups: dict[tuple[Index, ...], torch.Tensor] = {}
         for term in x.terms:
-            bound = tuple(sorted(term.bound(out), key=repr))
-            value = self._product(term.factors, (*out, *bound)) * self.coefficient(term.coefficient)
+            every = sorted(term.bound(out), key=repr)
+            bound = tuple(index for index in every if index.kind.token)
+            inner = tuple(index for index in every if not index.kind.token)
+            value = self._product(term.factors, (*out, *bound, *inner)) * self.coefficient(term.coefficient)
+            if inner:
+                value = value.sum(dim=tuple(range(-len(inner), 0)))
             groups[bound] = groups[bound] + value if bound in groups else value
         total: torch.Tensor | None = None
         for bound, value in groups.items():

@@ -198,6 +198,13 @@ class _Planner:
                 best[subset] = self._build(factors, best, left, right, score, gone, summed, along)
         return best.get(full)
 
+    def _constant(self, factors: list[Factor], subset: int) -> bool:
+        """Whether some factors are inputs without a token axis."""
+        return all(
+            isinstance(f.tensor, Leaf) and not any(k.token for k in f.tensor.kinds)
+            for f in self._members(factors, subset)
+        )
+
     @staticmethod
     def _members(factors: list[Factor], subset: int) -> list[Factor]:
         return [f for position, f in enumerate(factors) if subset >> position & 1]
@@ -239,15 +246,18 @@ class _Planner:
         x, y = best[left], best[right]
         union = frozenset(x.indices) | frozenset(y.indices)
         # Under M_far: both tokens may meet only after the running sum is complete on its own side.
+        chunks = 1.0
         for one, other in ((left, right), (right, left)):
             if scanned(one) and pure(one) and pure(other):
-                return None
+                if not self._constant(factors, other):
+                    return None
+                chunks = NOMINAL["n"] / NOMINAL["C"]  # once per chunk, by a constant
         if not scanned(left) and not scanned(right) and scanned(subset) and not pure(subset):
             return None
         tokens = sum(i.kind.token for i in union)
         tokens = 1 if self.near and tokens == 2 else tokens
         reduces = any(gone(i, subset) for i in union)
-        work = self.size(union) * (2 if reduces else 1)
+        work = self.size(union) * (2 if reduces else 1) * chunks
         made = frozenset(i for i in union if not gone(i, subset))
         summed_here = scanned(subset) and not scanned(left) and not scanned(right)
         weighted = int(summed_here and any(isinstance(f.tensor, Weights) for f in self._members(factors, subset)))
@@ -291,6 +301,8 @@ class _Planner:
             tuple(number[i] for i in indices),
         )
         scan = along.kind.letter if summed in lost and along is not None else None
+        if not any(i.kind.token for i in union):
+            scan = x.node.scan or y.node.scan  # a running sum times a constant is one of its kind
         return _Partial(score, node("contract", (x.node, y.node), tuple(i.kind for i in indices), attr, scan), indices)
 
     def _reduce(self, x: _Partial, lost: list[Index], summed: Index | None, along: Index | None) -> _Partial:

@@ -15,7 +15,7 @@ from typing import Any
 
 import sympy
 
-from polyattn.rewriter.expr import CHUNK, Kind
+from polyattn.rewriter.expr import CHUNK, N_Q, Kind
 
 _lock = threading.Lock()
 _nodes: dict[Any, Node] = {}
@@ -105,7 +105,9 @@ def flops(n: Node, near: bool) -> sympy.Expr:
             name: kind for a, p in zip(n.args, patterns, strict=True) for name, kind in zip(p, a.axes, strict=True)
         }
         reduces = set(kinds) - set(result)
-        return volume(kinds.values(), near) * (2 if reduces and len(n.args) == 2 else 1)
+        once = volume(kinds.values(), near) * (2 if reduces and len(n.args) == 2 else 1)
+        per_chunk = n.scanned and not any(a.tokens for a in n.args)
+        return once * N_Q / CHUNK if per_chunk else once
     if n.op in ("features", "map"):
         return volume(n.axes, near)
     if n.op == "sum":

@@ -16,6 +16,7 @@ import sympy
 from polyattn.errors import RewriteError
 from polyattn.rewriter import expr as ir
 from polyattn.rewriter.expr import HEAD, Def, Expr, Factor, Kind, Leaf, Map, Mask, Program, Term
+from polyattn.rewriter.rules import prune
 
 M = sympy.Symbol("m", positive=True)
 """Number of landmarks on each side."""
@@ -86,6 +87,23 @@ class Skeleton:
 
         program = program.rewrite(rewritten)
         return Program((*made.values(), *program.defs), program.outputs)
+
+
+def inline(program: Program) -> Program:
+    """``inline``: sums over tokens that still have an axis of landmarks are written out where they are used.
+
+    What tracing names on the way of a gradient, Σ_j R[j,σ] V[j,b] and the like, then stands in one product again, which
+    ``stack`` and the planner take apart in their own order.
+    """
+
+    def change(factor: Factor) -> Expr | None:
+        tensor = factor.tensor
+        if not isinstance(tensor, Def) or not {OF_KEYS, OF_QUERIES} & set(tensor.kinds):
+            return None
+        sums = any(index.kind.token for term in tensor.expr.terms for index in term.bound(tensor.expr.out))
+        return tensor.expr if sums else None
+
+    return prune(program.rewrite(lambda x: ir.map_factors(x, change)))
 
 
 def _near(term: Term) -> bool:

@@ -34,12 +34,16 @@ def operands(d: int, e: int, n_q: int, n_k: int, m: int, heads: int = 2, groups:
     }
 
 
-def dense(x: Inputs, weighted: bool, substituted: bool) -> torch.Tensor:
-    """Attention through exp(s Q κᵀ) Z exp(s K λᵀ)ᵀ, written densely."""
+def dense(x: Inputs, weighted: bool, substituted: bool, chunk: int | None) -> torch.Tensor:
+    """Attention through exp(s Q κᵀ) Z exp(s K λᵀ)ᵀ, written densely; causal in chunks where their length is given."""
     phi = (S * x["Q"] @ x["LK"].mT[:, None]).exp()
     psi = (S * x["K"] @ x["LQ"].mT).exp()
     a = phi @ x["Z"][:, None] @ psi.mT[:, None]
     logits = S * x["Q"] @ x["K"].mT[:, None]
+    if chunk is not None:
+        i, j = torch.arange(x["Q"].shape[2])[:, None], torch.arange(x["K"].shape[1])[None]
+        near = torch.where((j // chunk == i // chunk) & (j <= i), logits.exp(), 0.0)
+        a = torch.where(j // chunk < i // chunk, a, near)
     if substituted:  # exp's own derivative with the approximation in place of exp
         a = a.detach() * (1 + logits - logits.detach())
     if weighted:
@@ -47,12 +51,12 @@ def dense(x: Inputs, weighted: bool, substituted: bool) -> torch.Tensor:
     return a / a.sum(-1, keepdim=True) @ x["V"][:, None]
 
 
-def compare(x: Inputs, gradient: str, weighted: bool, block: int) -> None:
+def compare(x: Inputs, gradient: str, weighted: bool, block: int, causal: bool = False) -> None:
     names = ["Q", "K", "V", *(["B"] if weighted else [])]
     leaves = {name: x[name].clone().requires_grad_() for name in names}
-    wanted = dense({**x, **leaves}, weighted, gradient == "substituted")
+    wanted = dense({**x, **leaves}, weighted, gradient == "substituted", block if causal else None)
     gradients = torch.autograd.grad(wanted, list(leaves.values()), x["G"])
-    made, d = kernels(False, None, gradient, weighted), x["Q"].shape[-1]
+    made, d = kernels(causal, None, gradient, weighted), x["Q"].shape[-1]
     forward = Evaluation(made.forward, x, {"s": S}, d, block).run()
     torch.testing.assert_close(forward["O"], wanted.detach(), rtol=0, atol=1e-9)
     spec = made.backward([f"d{name}" for name in names])
@@ -61,16 +65,18 @@ def compare(x: Inputs, gradient: str, weighted: bool, block: int) -> None:
         torch.testing.assert_close(got[f"d{name}"], want, rtol=0, atol=1e-9 * max(1.0, float(want.abs().max())))
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weights of the keys"])
 @pytest.mark.parametrize("gradient", ["consistent", "substituted"])
-def test_kernels_equal_the_dense_approximation(gradient: str, weighted: bool) -> None:
-    compare(operands(5, 3, 23, 19, 7), gradient, weighted, 8)
+def test_kernels_equal_the_dense_approximation(gradient: str, weighted: bool, causal: bool) -> None:
+    compare(operands(5, 3, 23, 19, 7), gradient, weighted, 8, causal)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     gradient=st.sampled_from(["consistent", "substituted"]),
     weighted=st.booleans(),
+    causal=st.booleans(),
     d=st.integers(1, 6),
     e=st.integers(1, 6),
     n_q=st.integers(1, 20),
@@ -80,9 +86,9 @@ def test_kernels_equal_the_dense_approximation(gradient: str, weighted: bool) ->
     block=st.integers(1, 25),
 )
 def test_any_shape(
-    gradient: str, weighted: bool, d: int, e: int, n_q: int, n_k: int, m: int, groups: int, block: int
+    gradient: str, weighted: bool, causal: bool, d: int, e: int, n_q: int, n_k: int, m: int, groups: int, block: int
 ) -> None:
-    compare(operands(d, e, n_q, n_k, m, 1, groups), gradient, weighted, block)
+    compare(operands(d, e, n_q, n_k, m, 1, groups), gradient, weighted, block, causal)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -100,12 +106,15 @@ def test_nothing_of_two_tokens_is_formed_and_costs_are_linear(gradient: str, wei
         assert total > 64 * 4 * linear
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weights of the keys"])
 @pytest.mark.parametrize("gradient", ["consistent", "substituted"])
 @pytest.mark.parametrize(("n_q", "n_k", "block"), [(23, 19, 8), (1, 17, 5), (16, 1, 16), (31, 40, 64)])
-def test_emitted_cpu_code_equals_evaluate(gradient: str, weighted: bool, n_q: int, n_k: int, block: int) -> None:
+def test_emitted_cpu_code_equals_evaluate(
+    gradient: str, weighted: bool, causal: bool, n_q: int, n_k: int, block: int
+) -> None:
     x = operands(5, 3, n_q, n_k, 7)
-    made = kernels(False, None, gradient, weighted)
+    made = kernels(causal, None, gradient, weighted)
     names = ("dQ", "dK", "dV", *(["dB"] if weighted else []))
     forward = Evaluation(made.forward, x, {"s": S}, 5, block).run()
     given_ = {**x, "O": forward["O"], "D": forward["D"]}
