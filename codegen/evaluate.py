@@ -108,7 +108,7 @@ class Evaluation:
         top = max((t.attr for loop in self.spec.loops for t in loop.tiles if t.op == "features"), default=0)
         ranks = {rank_symbol(lower): features.rank(self.head_dim, top - lower) for lower in range(top + 1)}
         sizes = {D: self.head_dim, E: self.inputs["V"].shape[-1], **ranks}
-        sizes.update({M: x.shape[1] for name, x in self.inputs.items() if name in ("LK", "LQ", "Z")})
+        sizes[M] = next((self.inputs[name].shape[1] for name in ("LK", "LQ", "Z") if name in self.inputs), 0)
         heads = self.inputs["Q"].shape[0]
         return torch.zeros(heads, *(int(k.size.subs(sizes)) for k in n.axes), dtype=self.dtype, device=self.device)
 

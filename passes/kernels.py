@@ -81,7 +81,7 @@ def exact_cost(form: str) -> sympy.Expr:
 def kernels(causal: bool, degree: int | None, gradient: str, weighted: bool = False) -> Kernels:
     """The kernels of softmax attention, derived once per (causal, degree, gradient, weights of the keys).
 
-    ``degree`` None: skeleton features; without a causal mask only, so far.
+    ``degree`` None: skeleton features.
     """
     made = plan(derive(softmax_form(causal, weighted), degree, gradient)[-1].program)
     known = saved_by_forward(made)

@@ -203,11 +203,14 @@ def chunk_length(options: Options, d: int, device: str) -> int:
 
     The near field costs 4 C d per token, the far field does not depend on C: short chunks need fewer FLOPs, long ones
     make larger matrix products. On a CPU a quarter of the rank, from 128 to 256, was fastest for head dims 16 to 64
-    (docs/performance.md); on a GPU, where every chunk leaves a state in memory, about the rank (math.md §6).
+    (docs/performance.md); on a GPU, where every chunk leaves a state in memory, about the rank (math.md §6). With
+    skeleton features a state meets the core in every chunk, 2 m² (e + 1): half of the rank to all of it.
     """
     if options.causal_chunk is not None:
         return options.causal_chunk
     below = 1 << (options.resolved_rank(d) - 1).bit_length() >> 1
+    if options.resolved_degree is None:
+        return min(512, max(128, below))
     return min(256, max(128, below // 4)) if device == "cpu" else min(512, max(64, below))
 
 
@@ -216,15 +219,11 @@ def decide(shape: dict[str, int], causal: bool, options: Options, device: str) -
     degree, gradient = options.resolved_degree, options.resolved_gradient
     chunk, rank = chunk_length(options, shape["d"], device), options.resolved_rank(shape["d"])
     moved = options.resolved_shift(causal)
-    possible = not (causal and degree is None)
-    known = degree if possible else 2
-    before, after = costs(shape, causal, known, gradient, chunk, moved != "none", rank)
-    symbolic = symbolic_costs(causal, known, gradient, moved != "none")
+    before, after = costs(shape, causal, degree, gradient, chunk, moved != "none", rank)
+    symbolic = symbolic_costs(causal, degree, gradient, moved != "none")
     verdict: Literal["low_rank", "exact"] = "low_rank"
     if options.policy == "exact":
         verdict, reason = "exact", "policy='exact'"
-    elif not possible:
-        verdict, reason = "exact", "skeleton features have no form under a causal mask yet"
     elif options.policy == "low_rank":
         reason = "policy='low_rank'"
     elif options.audit_rows == 0:

@@ -43,6 +43,8 @@ def of(
             def by_head(x: torch.Tensor) -> torch.Tensor:
                 return x.reshape(elements, len(x) // elements, *x.shape[1:]).transpose(0, 1)
 
-            made = fit(by_head(q.flatten(1, 2)), by_head(k), by_head(weights), setting.scale, m, generator)
+            made = fit(
+                by_head(q.flatten(1, 2)), by_head(k), by_head(weights), setting.scale, m, generator, setting.causal
+            )
             state.landmarks = torch.cat([made.keys, made.queries, made.core], 2).to(q.dtype)
         return state.landmarks

@@ -78,9 +78,9 @@ def _options(key: str) -> Options:
     return Options.from_key(key)
 
 
-def _landmarks_shape(options: Options, k: torch.Tensor, causal: bool) -> tuple[int, ...]:
+def _landmarks_shape(options: Options, k: torch.Tensor) -> tuple[int, ...]:
     """Of the third result: what a backward must have of fitted features; nothing for polynomials."""
-    if options.resolved_degree is not None or causal or options.policy == "exact":
+    if options.resolved_degree is not None or options.policy == "exact":
         return (0,)
     m = options.resolved_rank(k.shape[-1])
     return (k.shape[1], m, 2 * k.shape[-1] + m)
@@ -105,7 +105,7 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     opts = _options(options)
     accumulator = lowrank_op.accumulator(q.dtype)
-    fitted = q.new_zeros(_landmarks_shape(opts, k, causal), dtype=accumulator)
+    fitted = q.new_zeros(_landmarks_shape(opts, k), dtype=accumulator)
     chunk = guard.chunk_length(opts, q.shape[-1], q.device.type)
     moved = opts.resolved_shift(causal)
     substituted = int(opts.resolved_gradient == "substituted")
@@ -156,7 +156,7 @@ def _(q: Any, k: Any, v: Any, owners: Any, scale: Any, causal: Any, site: Any, o
     accumulator = lowrank_op.accumulator(q.dtype)
     out = dense.empty_tokens_first(q, v.shape[-1])
     stat = q.new_empty(q.shape[:-1], dtype=accumulator)
-    fitted = q.new_empty(_landmarks_shape(_options(options), k, causal), dtype=accumulator)
+    fitted = q.new_empty(_landmarks_shape(_options(options), k), dtype=accumulator)
     return out, stat, fitted, torch.empty(5, dtype=torch.int64, device="cpu")
 
 

@@ -38,8 +38,8 @@ class Options:
     """``auto``: low rank where it is cheaper and an audit holds; ``low_rank``: always; ``exact``: only fuse."""
     features: Features = "auto"
     """Family of feature maps in place of exp. ``polynomial``: monomials of queries and keys, for small logits;
-    ``skeleton``: exponentials of landmarks that are fitted to a head at its first call and kept (math.md §2), without a
-    causal mask so far; ``auto`` means ``polynomial``."""
+    ``skeleton``: exponentials of landmarks that are fitted to a head at its first call and kept (math.md §2); ``auto``
+    means ``polynomial``."""
     degree: int | None = None
     """Degree of the polynomial in place of exp, 1 to 4; None means 2."""
     rank: int | None = None

@@ -35,7 +35,13 @@ class Skeleton(NamedTuple):
 
 
 def fit(
-    q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor, scale: float, m: int, generator: torch.Generator
+    q: torch.Tensor,
+    k: torch.Tensor,
+    weights: torch.Tensor,
+    scale: float,
+    m: int,
+    generator: torch.Generator,
+    causal: bool = False,
 ) -> Skeleton:
     """Fit the skeleton of every head.
 
@@ -45,6 +51,7 @@ def fit(
         weights: of the keys, [heads, elements, n_k].
         scale: factor of the logits.
         m: landmarks on each side; no more than there are queries or keys are used, the rest repeat them.
+        causal: a query attends to the keys up to its own position.
         generator: draws rows and columns; torch's own generators are left alone.
     """
     per_query, per_key = q.shape[2], k.shape[2]
@@ -59,7 +66,9 @@ def fit(
         return scale * q[:, i] @ k.mT + weights.log()[:, None]
 
     def foreign(i: torch.Tensor) -> torch.Tensor:
-        return (i // per_query)[:, None] != element
+        other = (i // per_query)[:, None] != element
+        later = torch.arange(k.shape[1], device=q.device) % per_key > (i % per_query)[:, None]
+        return other | later if causal else other
 
     some = draw(MASS_ROWS, n_q)
     mass = logits_of(some).masked_fill(foreign(some), -math.inf).softmax(2).mean(1)
