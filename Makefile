@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long zoo zoo-check lint format golden wheel-check clean
+.PHONY: help demo test test-long zoo zoo-check accuracy lint format golden wheel-check clean
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,10 @@ zoo-check: $(STAMP) ## a few models of public packages: found, equal to eager, a
 zoo: $(STAMP) ## compile models of public packages, compare with eager, write docs/zoo.md (ZOO="bert t5": only these)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[zoo]'
 	$(BIN)/python tests/zoo/run.py $(if $(ZOO),$(ZOO),--write docs/zoo.md)
+
+accuracy: $(STAMP) ## low-rank against exact attention on a pretrained encoder's heads, write docs/accuracy.md (10 minutes)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[accuracy]'
+	$(BIN)/python benchmarks/accuracy.py --write docs/accuracy.md
 
 lint: $(STAMP) ## linter, formatter, type checker, layers
 	$(BIN)/ruff check .

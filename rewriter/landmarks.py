@@ -83,14 +83,14 @@ def fit(
     left = _Side(scale * q[:, i] @ kappa.mT - normaliser[..., None])
     right = _Side(scale * k_j @ lam.mT + weights.gather(1, j).log()[..., None])
     wanted = logits_of(fresh).masked_fill(foreign(fresh), -math.inf).softmax(2)
-    phi, psi = scale * q[:, fresh] @ kappa.mT, scale * k @ lam.mT + weights.log()[..., None]
+    phi, psi = (scale * q[:, fresh] @ kappa.mT).exp(), (scale * k @ lam.mT + weights.log()[..., None]).exp()
     best = torch.zeros(heads, m, m, dtype=q.dtype, device=q.device)
     error = torch.full((heads,), float("inf"), dtype=q.dtype, device=q.device)
     for ridge in RIDGES:
         core = left.solve(p, ridge)  # [heads, m, columns]
         core = right.solve(core.mT, ridge).mT
         core = core * (-left.logs)[:, :, None].exp() * (-right.logs)[:, None, :].exp()
-        found = (phi.exp() @ core @ psi.exp().mT).masked_fill(foreign(fresh), 0)
+        found = (phi @ core @ psi.mT).masked_fill(foreign(fresh), 0)
         found = found / found.sum(2, keepdim=True)
         off = (found - wanted).abs().sum(2).mean(1).nan_to_num(nan=float("inf"))
         better = off < error
