@@ -35,7 +35,7 @@ zoo: $(STAMP) ## compile models of public packages, compare with eager, write do
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[zoo]'
 	$(BIN)/python tests/zoo/run.py $(if $(ZOO),$(ZOO),--write docs/zoo.md)
 
-accuracy: $(STAMP) ## low-rank against exact attention on a pretrained encoder's heads, write docs/accuracy.md (10 minutes)
+accuracy: $(STAMP) ## low-rank against exact attention on a pretrained encoder's heads, write docs/accuracy.md (15 minutes)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[accuracy]'
 	$(BIN)/python benchmarks/accuracy.py --write docs/accuracy.md
 
