@@ -6,14 +6,13 @@ by ``Options.seed``, the site and the number of the call: runs repeat, torch's g
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 
 import torch
 
 from polyattn.codegen import exact as dense
-from polyattn.guard import SiteState, Ticket
+from polyattn.guard import SiteState, Ticket, seed
 from polyattn.lowrank_op import Grouped, Setting
 from polyattn.options import Options
 
@@ -48,9 +47,7 @@ def audit(
 
 def rows(site: str, ticket: Ticket, q: torch.Tensor, options: Options) -> list[int]:
     """Rows to audit, as flat indices of [heads, groups, n_q]: drawn with replacement."""
-    text = f"{options.seed}/{site}/{ticket.number}"
-    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed(options, site, ticket.number))
     count = q.shape[0] * q.shape[1] * q.shape[2]
     return torch.randint(count, (options.audit_rows,), generator=generator).tolist()
 

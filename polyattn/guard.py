@@ -8,7 +8,9 @@ again it would have to run the low-rank form beside the exact one, in vain as lo
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
+import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -127,6 +129,13 @@ class SiteState:
             self.degree = self.rank = self.chunk = None
             self.shift = self.features = "none"
             self.landmarks = None
+
+
+def seed(options: Options, site: str, what: object) -> int:
+    """The seed of a random choice: of the options, the site and what is chosen; not of the folder a file lies in."""
+    name = site.rsplit(os.sep, 1)[-1] if site.startswith("polyattn.attention at ") else site
+    text = f"{options.seed}/{name}/{what}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
 def larger(a: float | None, b: float) -> float:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 
-from polyattn.guard import SiteState
+from polyattn.guard import SiteState, seed
 from polyattn.lowrank_op import Setting, grouped
 from polyattn.options import Options
 from polyattn.rewriter.landmarks import fit
@@ -35,9 +33,8 @@ def of(
                 q, k, weights = moved.q, moved.k, moved.weights
             else:
                 weights = torch.ones_like(k[..., 0])
-            seed = int.from_bytes(hashlib.sha256(f"{options.seed}/{site}/fit".encode()).digest()[:7], "big")
             m = options.resolved_rank(k.shape[-1])
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator().manual_seed(seed(options, site, "fit"))
             elements = len(q) // tensors[1].shape[1]
 
             def by_head(x: torch.Tensor) -> torch.Tensor:
