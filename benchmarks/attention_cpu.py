@@ -44,8 +44,7 @@ def gate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, setting: lowrank_op.
     """Raises AssertionError where the emitted code and ``evaluate`` differ on the first 600 tokens."""
     qs, ks, vs = (x[..., :600, :] for x in lowrank_op.grouped(q, k, v))
     made = lowrank_op.forward(qs, ks, vs, setting)
-    moved = setting.shifted(qs, ks)
-    inputs = {"Q": moved.q, "K": moved.k, "V": vs, "B": moved.weights, **setting.skeleton(len(ks), qs)}
+    inputs = {"V": vs, **setting.shifted(qs, ks).inputs, **setting.skeleton(len(ks), qs)}
     scalars = {"s": setting.scale, **Approximation(DEGREE).values}
     spec = kernels(setting.causal, setting.degree, setting.gradient, weighted=True).forward
     wanted = Evaluation(spec, inputs, scalars, q.shape[-1], setting.chunk or 600).run()

@@ -27,6 +27,11 @@ class Shifted(NamedTuple):
     u: torch.Tensor
     """Mean queries, [heads, d]."""
 
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """What the kernels take in place of queries and keys."""
+        return {"Q": self.q, "K": self.k, "B": self.weights}
+
 
 def shift(q: torch.Tensor, k: torch.Tensor, scale: float, first: int | None) -> Shifted:
     """Subtract the means of a call's queries and keys.

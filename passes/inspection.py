@@ -121,8 +121,7 @@ def graphs(
     def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
         inputs = {"Q": q, "K": k, "V": v}
         if shift != "none":
-            moved = shift_(q, k, scale, first)
-            inputs.update(Q=moved.q, K=moved.k, B=moved.weights)
+            inputs.update(shift_(q, k, scale, first).inputs)
         result = Evaluation(made.forward, inputs, scalars, d, block).run()
         return result["O"], result["D"]
 
@@ -132,7 +131,7 @@ def graphs(
             result = Evaluation(made.backward(("dQ", "dK", "dV")), inputs, scalars, d, block).run()
             return result["dQ"], result["dK"], result["dV"]
         moved = shift_(inputs["Q"], inputs["K"], scale, first)
-        inputs.update(Q=moved.q, K=moved.k, B=moved.weights)
+        inputs.update(moved.inputs)
         result = Evaluation(made.backward(("dQ", "dK", "dV", "dB")), inputs, scalars, d, block).run()
         return result["dQ"], key_gradient(result["dK"], result["dB"], moved, scale), result["dV"]
 

@@ -55,7 +55,7 @@ def run(
     Arguments: see :func:`polyattn.passes.splice.splice`, and :func:`polyattn.passes.splice.splice_exact` for
     ``masked_op``; without it, attention with an added mask stays as it is written in training.
     """
-    normal = normalize(gm, example_inputs)
+    normal, transformed = normalize(gm, example_inputs), has_transforms(gm)
     training = torch.is_grad_enabled() and any(
         isinstance(value, torch.Tensor) and value.requires_grad for value in example_inputs
     )
@@ -65,7 +65,7 @@ def run(
         masked_op = None
     given = needing(normal, needing_inputs(normal, example_inputs)) if masked_op is not None else frozenset()
     for module, parameters in _graphs(normal, _parameters(normal, example_inputs)):
-        if has_transforms(gm):
+        if transformed:
             tidy_views(module.graph)
         drop_dead(module.graph)
         open_fused_layers(module.graph)
@@ -74,7 +74,7 @@ def run(
         needs = needing(module, given) if masked_op is not None else None
         found = match(module.graph, parameters, first_index=len(sites), training=training, needs=needs)
         refusals.extend(found.refusals)
-        if training and has_transforms(gm):  # traced below autograd: right, but not to be differentiated again
+        if training and transformed:  # traced below autograd: right, but not to be differentiated again
             refusals.extend(Refusal(AGAIN, site.out.name, site.where) for site in found.sites)
             continue
         for site in found.sites:

@@ -89,8 +89,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, setting: Setting)
     made = kernels(setting.causal, setting.degree, setting.gradient, setting.weighted)
     inputs = {"Q": q, "K": k, "V": v}
     if setting.weighted:
-        moved = setting.shifted(q, k)
-        inputs.update(Q=moved.q, K=moved.k, B=moved.weights)
+        inputs.update(setting.shifted(q, k).inputs)
     inputs.update(setting.skeleton(len(k), q))
     result = _run(made.forward, inputs, setting)
     out, denominators = result["O"], result["D"]

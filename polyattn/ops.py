@@ -203,6 +203,14 @@ def _attention_backward(
     return results[0], results[1], results[2]
 
 
+def fake_gradients(tensors: Sequence[Any], needs: Sequence[bool]) -> tuple[Any, ...]:
+    """What a backward operator returns, as memory: a gradient for each tensor that needs one, nothing for the rest."""
+    return tuple(
+        dense.empty_tokens_first(like, like.shape[-1]) if need else like.new_empty(0)
+        for need, like in zip(needs, tensors, strict=True)
+    )
+
+
 @_attention_backward.register_fake
 def _(
     g: Any,
@@ -218,10 +226,7 @@ def _(
     version: Any,
     needs: Any,
 ) -> Any:
-    return tuple(
-        dense.empty_tokens_first(like, like.shape[-1]) if need else like.new_empty(0)
-        for need, like in zip(needs, (q, k, v), strict=True)
-    )
+    return fake_gradients((q, k, v), needs)
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:

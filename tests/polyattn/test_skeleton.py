@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from dense import dense_skeleton
 
 import polyattn
 from polyattn import guard
@@ -45,38 +46,6 @@ def only_state() -> guard.SiteState:
     return state
 
 
-def dense(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    marks: torch.Tensor,
-    substituted: bool,
-    chunk: int | None = None,
-) -> torch.Tensor:
-    """Attention through Φ Z Rᵀ with given landmarks; means and landmarks are constants of the differentiation.
-
-    ``chunk``: of a causal mask; exp in the diagonal chunks.
-    """
-    heads, d, kv = q.shape[1], q.shape[3], k.shape[1]
-    groups, scale = heads // kv, 1 / math.sqrt(d)
-    c = k.detach().mean(2, keepdim=True).repeat_interleave(groups, 1)
-    u = q.detach().unflatten(1, (kv, groups)).mean((2, 3)).repeat_interleave(groups, 1)[:, :, None]
-    k, v, marks = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), marks.repeat_interleave(groups, 0)
-    kappa, lam, core = marks[..., :d], marks[..., d : 2 * d], marks[..., 2 * d :]
-    weights = scale * (u * (k - c)).sum(-1)[:, :, None]
-    a = (scale * (q - u) @ kappa.mT).exp() @ core @ (scale * (k - c) @ lam.mT).exp().mT
-    logits = scale * (q - u) @ (k - c).mT
-    if chunk is not None:
-        i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])[None]
-        near = torch.where((j // chunk == i // chunk) & (j <= i), logits.exp(), 0.0)
-        a = torch.where(j // chunk < i // chunk, a, near)
-    a = a * weights.exp()
-    if substituted:
-        logits = logits + weights
-        a = a.detach() * (1 + logits - logits.detach())
-    return a / a.sum(-1, keepdim=True) @ v
-
-
 @pytest.mark.parametrize("chunk", [None, 16], ids=["full", "causal"])
 @pytest.mark.parametrize("gradient", ["consistent", "substituted"])
 def test_equals_the_densely_written_approximation(gradient: str, chunk: int | None) -> None:
@@ -87,7 +56,7 @@ def test_equals_the_densely_written_approximation(gradient: str, chunk: int | No
     assert state.exact_rows == 0
     assert (state.features, state.rank, state.degree, state.shift) == ("skeleton", M, None, "call")
     assert state.landmarks is not None
-    wanted = dense(*inputs, state.landmarks, gradient == "substituted", chunk)
+    wanted = dense_skeleton(*inputs, state.landmarks, gradient == "substituted", chunk)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
     g = torch.randn(found.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for x, y in zip(torch.autograd.grad(found, inputs, g), torch.autograd.grad(wanted, inputs, g), strict=True):
@@ -195,7 +164,7 @@ def test_a_compiled_model_trains_through_it(inner: str, monkeypatch: pytest.Monk
     assert marks is not None
     model.zero_grad()
     with monkeypatch.context() as patch:
-        patch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: dense(q, k, v, marks, False))
+        patch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: dense_skeleton(q, k, v, marks, False))
         model(x).square().mean().backward()
     torch.testing.assert_close(got, model.project.weight.grad, rtol=0, atol=1e-9)
 
