@@ -86,6 +86,10 @@ def _landmarks_shape(options: Options, k: torch.Tensor) -> tuple[int, ...]:
     return (k.shape[1], m, 2 * k.shape[-1] + m)
 
 
+def _no_landmarks(options: Options, k: torch.Tensor) -> torch.Tensor:
+    return k.new_zeros(_landmarks_shape(options, k), dtype=lowrank_op.accumulator(k.dtype))
+
+
 @torch.library.custom_op(
     "polyattn::attention",
     mutates_args=(),
@@ -105,14 +109,14 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     opts = _options(options)
     accumulator = lowrank_op.accumulator(q.dtype)
-    fitted = q.new_zeros(_landmarks_shape(opts, k), dtype=accumulator)
+    fitted: torch.Tensor | None = None
     chunk = guard.chunk_length(opts, q.shape[-1], q.device.type)
     moved = opts.resolved_shift(causal)
     substituted = int(opts.resolved_gradient == "substituted")
     plan = torch.tensor([0, opts.resolved_degree or 0, substituted, chunk, STATISTICS.index(moved)])
     if q.numel() == 0 or k.numel() == 0:  # nothing to decide, and nothing that torch's kernel survives
         out, stat = dense.empty_tokens_first(q, v.shape[-1]).zero_(), q.new_zeros(q.shape[:-1], dtype=accumulator)
-        return out, stat, fitted, plan
+        return out, stat, _no_landmarks(opts, k), plan
     where = guard.key(site, owners, options, causal, scale, q.shape[-1], v.shape[-1])
     state = guard.find(where) or guard.keep(where, guard.decide(_shape(q, k, v), causal, opts, q.device.type))
     ticket = state.enter(opts, q, k, v)
@@ -124,6 +128,7 @@ def _attention(
         made = _low_rank(site, state, ticket, (q, k, v), setting, opts) if ticket.low_rank else None
         state.leave(ticket, made is not None, q, k, v)
         plan[0] = int(made is not None)
+        fitted = _no_landmarks(opts, k) if fitted is None else fitted
         if made is None:
             out, lse = dense.forward(q, k, v, scale, causal)
             return dense.tokens_first(out), lse.to(accumulator), fitted, plan
