@@ -128,7 +128,6 @@ class SiteState:
             self.flops_after, self.flops_after_symbolic = self.flops_before, self.flops_before_symbolic
             self.degree = self.rank = self.chunk = None
             self.shift = self.features = "none"
-            self.landmarks = None
 
 
 def seed(options: Options, site: str, what: object) -> int:

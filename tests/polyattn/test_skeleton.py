@@ -198,3 +198,12 @@ def test_more_landmarks_fit_better_and_the_error_is_that_of_the_rows() -> None:
         assert bool(((rows / made.error).log().abs() < 0.5).all()), (rows, made.error)
         errors.append(float(rows.max()))
     assert errors[2] < 0.2 * errors[1] < 0.2 * errors[0]
+
+
+def test_a_site_that_became_exact_keeps_its_fit_for_what_a_checkpoint_runs_again() -> None:
+    polyattn.attention(*operands(), options=OPTIONS)
+    state = only_state()
+    kept = state.landmarks
+    state.become_exact("an audit failed")
+    assert kept is not None
+    assert state.landmarks is kept
