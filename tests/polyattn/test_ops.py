@@ -428,3 +428,18 @@ def test_key_mask_without_batch_axes() -> None:
     torch.testing.assert_close(polyattn.attention(q[0], k[0], v[0], key_mask=mask, options=options), wanted[0])
     five = polyattn.attention(q[None], k[None], v[None], key_mask=mask.expand(1, 1, 5), options=options)
     torch.testing.assert_close(five, wanted[None])
+
+
+def test_key_mask_shifts_by_the_mean_of_the_keys_that_take_part() -> None:
+    q, k, v, g = operands(2, 4, 2, 19, 23, 5, 3)
+    mask = torch.ones(2, 23, dtype=torch.bool)
+    mask[0, 15:], mask[1, :4] = False, False
+    found = polyattn.attention(q, k, v, key_mask=mask, options={"policy": "low_rank", "audit_rows": 0})
+    parts = [
+        dense_polynomial(q[b : b + 1], k[b : b + 1, :, mask[b]], v[b : b + 1, :, mask[b]], 2, False, 1, False, "call")
+        for b in range(2)
+    ]
+    wanted = torch.cat(parts)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
+    for x, y in zip(torch.autograd.grad(found, (q, k, v), g), torch.autograd.grad(wanted, (q, k, v), g), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-9)
