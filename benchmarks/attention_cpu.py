@@ -44,10 +44,10 @@ def gate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, setting: lowrank_op.
     """Raises AssertionError where the emitted code and ``evaluate`` differ on the first 600 tokens."""
     qs, ks, vs = (x[..., :600, :] for x in lowrank_op.grouped(q, k, v))
     made = lowrank_op.forward(qs, ks, vs, setting)
-    inputs = {"V": vs, **setting.shifted(qs, ks).inputs, **setting.skeleton(len(ks), qs)}
+    inputs = {"V": vs, **setting.moved(qs, ks).inputs, **setting.skeleton(len(ks), qs)}
     scalars = {"s": setting.scale, **Approximation(DEGREE).values}
     spec = kernels(setting.causal, setting.degree, setting.gradient, weighted=True).forward
-    wanted = Evaluation(spec, inputs, scalars, q.shape[-1], setting.chunk or 600).run()
+    wanted = Evaluation(spec, inputs, scalars, setting.basis(q.shape[-1]), setting.chunk or 600).run()
     torch.testing.assert_close(made.out, wanted["O"], rtol=1e-3, atol=1e-3)
 
 
@@ -63,10 +63,10 @@ def settings_of(
     }
     plain = lowrank_op.Setting(scale, causal, None, "consistent", 256 if causal else 0, "call")
     qs, ks, _ = lowrank_op.grouped(q, k, v)
-    moved = plain.shifted(qs, ks)
+    moved = plain.moved(qs, ks)
     made = fit(moved.q, moved.k[:, None], moved.weights[:, None], scale, RANK, torch.Generator().manual_seed(0), causal)
     marks = torch.cat([made.keys, made.queries, made.core], 2).float()
-    found[f"skeleton {RANK}" + (", C = 256" if causal else "")] = dataclasses.replace(plain, landmarks=marks)
+    found[f"skeleton {RANK}" + (", C = 256" if causal else "")] = dataclasses.replace(plain, fitted=marks)
     return found
 
 

@@ -171,7 +171,7 @@ class Writer:
         if n in body.values:
             return body.values[n]
         if n.op == "weights":
-            return Value(self._table(n.attr), letters(n), plain=True)
+            return Value(self._table(n.attr), letters(n))
         return self._state(n, body)
 
     def _table(self, coefficients: tuple[sympy.Expr, ...]) -> str:
@@ -211,7 +211,7 @@ class Writer:
         """A state times weights of its monomials."""
         key, known = (value.name, self._table(coefficients)), body.weighted if changes else self._weighted
         if key not in known:
-            table = Value(key[1], tuple(x for x in value.layout if x in FEATURES), plain=True)
+            table = Value(key[1], tuple(x for x in value.layout if x in FEATURES))
             known[key] = Value(f"{value.name}_{key[1]}", value.layout)
             line = f"{known[key].name} = {value.name} * {table.spread(value.layout)}  # {value.shape()}"
             (body.lines if changes else body.before).append(line)
@@ -276,7 +276,7 @@ class Writer:
             rows = self._product(operands, layout, memory, name, body)
         if not scaled:
             body.lines.append(
-                f"{name} = torch.mul({rows.spread(layout)}, {self._table(coefficients)}[:, None], out={memory})"
+                f"{name} = torch.mul({rows.spread(layout)}, {self._table(coefficients)}[..., None], out={memory})"
             )
         target, degree = ordered(letters(n)), found.low.attr + 1
         if degree == 1:

@@ -42,11 +42,10 @@ def ordered(found: Iterable[str]) -> Layout:
 
 @dataclass(frozen=True)
 class Value:
-    """A Python expression and the layout of what it stands for; ``plain`` values (weights) have no axis of heads."""
+    """A Python expression and the layout of what it stands for, beside the axis of heads."""
 
     name: str
     layout: Layout
-    plain: bool = False
 
     def shape(self) -> str:
         return shape_text(self.layout)
@@ -71,12 +70,9 @@ class Value:
             else:
                 name += f".permute(0, {', '.join(str(self.layout.index(x) + 1) for x in wanted)})"
         present = [x in self.layout for x in target]
-        if self.plain:
-            present = present[present.index(True) :]
         if all(present):
             return name
-        dims = [] if self.plain else [":"]
-        dims += [":" if here else "None" for here in present]
+        dims = [":", *(":" if here else "None" for here in present)]
         return f"{name}[{_short(dims)}]"
 
 
@@ -141,7 +137,7 @@ def matrices(values: Sequence[Value], layout: Layout) -> tuple[str, str, tuple[i
     for left, right in ((values[0], values[-1]), (values[-1], values[0])):
         rows, columns = (tuple(x for x in v.layout if x in layout) for v in (left, right))
         summed = tuple(x for x in left.layout if x not in layout)
-        if summed and rows and columns and (*rows, *columns) == layout and not (left.plain or right.plain):
+        if summed and rows and columns and (*rows, *columns) == layout:
             first, second = left.matrix(rows, summed), right.matrix(summed, columns)
             if first and second and set(summed) | set(columns) == set(right.layout):
                 return first, second, (len(rows), len(columns))
@@ -150,7 +146,7 @@ def matrices(values: Sequence[Value], layout: Layout) -> tuple[str, str, tuple[i
 
 def einsum(values: Sequence[Value], layout: Layout) -> str:
     names = dict(zip((*WIDTHS, *TOKENS, *LONG), "abcijrstuvmn", strict=True))
-    terms = ["".join(("" if v.plain else "h", *(names[x] for x in v.layout))) for v in values]
+    terms = ["".join(("h", *(names[x] for x in v.layout))) for v in values]
     return (
         f'torch.einsum("{",".join(terms)}->h{"".join(names[x] for x in layout)}", {", ".join(v.name for v in values)})'
     )

@@ -14,6 +14,8 @@ from polyattn.codegen.cpu_emit import Writer
 from polyattn.codegen.cpu_layout import Layout, number, size
 from polyattn.codegen.cpu_plan import state_key
 from polyattn.codegen.spec import QUERY_SIDE, TOKENS, KernelSpec, letters
+from polyattn.codegen.tables import Scalars
+from polyattn.errors import ScheduleError
 from polyattn.rewriter import features
 
 _HELPERS = {
@@ -23,7 +25,7 @@ def products(d, starts):
     low, at = 1, d + 1
     for offsets in starts[1:]:
         high = at
-        for a, offset in enumerate(offsets):
+        for a, offset in offsets:
             rows = high - low - offset
             yield slice(1 + a, 2 + a), slice(low + offset, high), slice(at, at + rows)
             at += rows
@@ -103,7 +105,7 @@ def _header(spec: KernelSpec, writer: Writer) -> str:
         made += [f"writes {', '.join(name for name, _ in loop.stores)}"] * bool(loop.stores)
         lines.append(f"- over {walked}: {' and '.join(made)}")
     cost = textwrap.fill(f"FLOPs per head: {spec.cost()}", 118, break_long_words=False)
-    return "\n".join([*lines, "", cost, '"""', "", "import math", "", "import torch"])
+    return "\n".join([*lines, "", cost, '"""', "", "import torch"])
 
 
 def _weights(writer: Writer) -> str:
@@ -125,7 +127,7 @@ def _run(spec: KernelSpec, writer: Writer) -> str:
     lines += ["H, groups, n_q, d = Q.shape", "n_k = K.shape[1]"]
     lines += [f"e = {name}.shape[-1]" for name in ("V", "G", "O") if name in named][:1]
     lines += [f"m = {name}.shape[1]" for name in ("LK", "LQ", "Z") if name in named][:1]
-    lines += [f"{name} = math.comb(d + {degree}, {degree})" for name, degree in sorted(writer.ranks.items())]
+    lines += [f"{name} = ranks[{degree}]" for name, degree in sorted(writer.ranks.items())]
     lines += [f'{name} = scalars["{name}"]' for name in sorted(writer.symbols)]
     lines += [f'{name} = weights["{name}"]' for name in writer.weights.values()]
     lines += ["T_q, T_k = groups * min(block, n_q), min(block, n_k)", "T = max(T_q, T_k)", "views = {}"]
@@ -139,9 +141,9 @@ def _run(spec: KernelSpec, writer: Writer) -> str:
                 like = "*Q.shape[:3]" if name in QUERY_SIDE else "H, n_k"
                 widths = [size(x) for x in letters(n) if x not in TOKENS]
                 lines.append(f"{name} = Q.new_empty({', '.join([like, *widths])})")
-    head = ["@torch.no_grad()", "def run(inputs, weights, starts, scalars, block):"]
+    head = ["@torch.no_grad()", "def run(inputs, weights, starts, ranks, scalars, block):"]
     head.append(
-        '    """Outputs by name; ``starts`` says where, in each degree, the monomials in variables ≥ a begin."""'
+        '    """Outputs by name; ``starts``: per degree, variables a and where those in variables ≥ a begin below."""'
     )
     return "\n".join([*head, *("    " + line if line else "" for line in (*lines, "", *writer.loops))])
 
@@ -151,14 +153,17 @@ def _sizes(layout: Layout) -> str:
 
 
 def run(
-    spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scalars: Mapping[str, float], head_dim: int, block: int
+    spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scalars: Scalars, basis: features.Basis, block: int
 ) -> dict[str, torch.Tensor]:
     """Run a specification's emitted file; the arguments are those of :func:`polyattn.codegen.target.run`."""
     module, sample = tables.module(f"cpu_{spec.name}", emit(spec)), inputs["Q"]
     weights = {
-        name: tables.weights(tuple(map(float, coefficients)), head_dim, sample.dtype, sample.device)
+        name: tables.weights(coefficients, basis, sample.dtype, sample.device)
         for name, coefficients in module.weights(scalars).items()
     }
-    starts = features.layout(head_dim, max(_written(spec).ranks.values(), default=0))
-    made: dict[str, torch.Tensor] = module.run(inputs, weights, starts, scalars, block)
+    varied = [name for name in _written(spec).symbols if isinstance(scalars[name], torch.Tensor)]
+    if varied:
+        raise ScheduleError(f"coefficients {varied} differ from head to head outside of weights of monomials")
+    ranks = [features.rank(basis.below(m)) for m in range(basis.degree + 1)]
+    made: dict[str, torch.Tensor] = module.run(inputs, weights, features.layout(basis), ranks, scalars, block)
     return made

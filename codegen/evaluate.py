@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import sympy
 import torch
 
 from polyattn.codegen import tables
 from polyattn.codegen.schedule import accumulates, is_state
 from polyattn.codegen.spec import QUERY_SIDE, KernelSpec, Loop
+from polyattn.codegen.tables import Scalars
 from polyattn.errors import ScheduleError
 from polyattn.rewriter import features
 from polyattn.rewriter.expr import D, E
@@ -37,7 +39,8 @@ class Evaluation:
     Args:
         inputs: name → tensor. Query-side ones are [heads, groups, n_q, ·] (or without the last axis), key-side ones
             [heads, n_k, ·]; states as they were returned by an earlier kernel.
-        scalars: values of the symbols in coefficients.
+        scalars: values of the symbols in coefficients; those of polynomials may differ from head to head, [heads].
+        basis: the monomials that the specification's features are.
         block: tokens per block; under a causal mask the chunk length.
     """
 
@@ -45,12 +48,12 @@ class Evaluation:
         self,
         spec: KernelSpec,
         inputs: Mapping[str, torch.Tensor],
-        scalars: Mapping[str, float],
-        head_dim: int,
+        scalars: Scalars,
+        basis: features.Basis,
         block: int,
     ) -> None:
         self.spec, self.inputs, self.scalars = spec, inputs, scalars
-        self.head_dim, self.block = head_dim, block
+        self.basis, self.block = basis, block
         self.states: dict[Node, torch.Tensor] = {}
         self.outputs: dict[str, torch.Tensor] = {}
         sample = next(t for t in inputs.values())
@@ -105,9 +108,9 @@ class Evaluation:
 
     def _zeros(self, n: Node) -> torch.Tensor:
         """A running sum to which nothing has been added."""
-        top = max((t.attr for loop in self.spec.loops for t in loop.tiles if t.op == "features"), default=0)
-        ranks = {rank_symbol(lower): features.rank(self.head_dim, top - lower) for lower in range(top + 1)}
-        sizes = {D: self.head_dim, E: self.inputs["V"].shape[-1], **ranks}
+        top = self.basis.degree
+        ranks = {rank_symbol(lower): features.rank(self.basis.below(top - lower)) for lower in range(top + 1)}
+        sizes = {D: self.basis.d, E: self.inputs["V"].shape[-1], **ranks}
         sizes[M] = next((self.inputs[name].shape[1] for name in ("LK", "LQ", "Z") if name in self.inputs), 0)
         heads = self.inputs["Q"].shape[0]
         return torch.zeros(heads, *(int(k.size.subs(sizes)) for k in n.axes), dtype=self.dtype, device=self.device)
@@ -120,7 +123,7 @@ class Evaluation:
         return self.states[n]
 
     def _constant(self, n: Node) -> torch.Tensor:
-        return tables.weights(tuple(self._number(c) for c in n.attr), self.head_dim, self.dtype, self.device)
+        return tables.weights([tables.value(c, self.scalars) for c in n.attr], self.basis, self.dtype, self.device)
 
     def _number(self, c: sympy.Expr) -> float:
         return tables.number(c, self.scalars)
@@ -167,14 +170,19 @@ class Evaluation:
         if n.op == "contract":
             return self._contract(n, args)
         if n.op == "features":
-            return features.generate(args[0], n.attr)
+            return features.generate(args[0], self.basis.below(n.attr))
         if n.op == "map":
             return args[0].exp() if n.attr == "exp" else args[0].reciprocal()
         if n.op == "gather":
             position, degree = n.attr
-            sigma = torch.as_tensor(features.selection(self.head_dim, degree), device=self.device)
+            selected = features.selection(self.basis.below(degree))
             axis = args[0].ndim - len(n.args[0].axes) + position
-            taken = args[0].index_select(axis, sigma.flatten())
+            taken = args[0]
+            if (selected < 0).any():  # what is not among the columns of a nested form is zero
+                taken = torch.cat([taken, torch.zeros_like(taken.narrow(axis, 0, 1))], axis)
+                selected = np.where(selected < 0, taken.shape[axis] - 1, selected)
+            sigma = torch.as_tensor(selected, device=self.device)
+            taken = taken.index_select(axis, sigma.flatten())
             return taken.reshape(*taken.shape[:axis], *sigma.shape, *taken.shape[axis + 1 :])
         if n.op == "part":
             return take_part(args[0], *n.attr)

@@ -10,7 +10,9 @@ import torch
 from polyattn.codegen import cpu_target, triton_target
 from polyattn.codegen.evaluate import TILE_ELEMENTS, Evaluation
 from polyattn.codegen.spec import KernelSpec
+from polyattn.codegen.tables import Scalars
 from polyattn.errors import ScheduleError
+from polyattn.rewriter.features import Basis
 
 MAX_GRID = 65535
 """Programs along the second axis of a CUDA grid."""
@@ -29,21 +31,21 @@ def heads_at_once(device: torch.device, groups: int, elements: int) -> int:
 
 
 def run(
-    spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scalars: Mapping[str, float], head_dim: int, block: int
+    spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scalars: Scalars, basis: Basis, block: int
 ) -> dict[str, torch.Tensor]:
     """Outputs of a specification by name.
 
     Args:
         inputs: name → tensor. Query-side ones are [heads, groups, n_q, ·] (or without the last axis), key-side ones
             [heads, n_k, ·]. Q, K and V are always among them: they give the sizes.
-        scalars: values of the symbols in coefficients.
-        head_dim: size of the queries' last axis.
+        scalars: values of the symbols in coefficients; those of polynomials may differ from head to head, [heads].
+        basis: the monomials that the features are; of skeleton features, none but the constant one.
         block: tokens per block; under a causal mask the chunk length.
     """
     device = inputs["Q"].device
     if device.type == "cuda" and spec not in _refused and triton_target.available(device):
         try:
-            return triton_target.run(spec, inputs, scalars, head_dim, block)
+            return triton_target.run(spec, inputs, scalars, basis, block)
         except Exception as error:
             # Plain torch computes the same; what a device cannot take (shared memory, an old Triton) is said once.
             _refused.add(spec)
@@ -51,8 +53,8 @@ def run(
                 "Triton kernels of the %s do not run on %s; plain torch runs instead: %s", spec.name, device, error
             )
     if device.type == "cpu":
-        return cpu_target.run(spec, inputs, scalars, head_dim, block)
-    return Evaluation(spec, inputs, scalars, head_dim, block).run()
+        return cpu_target.run(spec, inputs, scalars, basis, block)
+    return Evaluation(spec, inputs, scalars, basis, block).run()
 
 
 def sources(spec: KernelSpec) -> dict[str, str]:

@@ -181,7 +181,7 @@ class Kernel:
         if n.op == "weights":
             name = self.weights.setdefault(n.attr, f"W{len(self.weights)}")
             binding = scope.binding(letters(n)[0])
-            address = f"{self.pointer(name)} + {binding.index}"
+            address = f"{self.pointer(name)} + head * {self.rank(letters(n)[0])} + {binding.index}"
             return f"tl.load({address}, mask={binding.ok}, other=0.0).to(ACC)", "weights"
         if n.op == "mask":
             i, j = (self.vector(letter, axes, scope) for letter in TOKENS)

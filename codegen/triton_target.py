@@ -13,6 +13,7 @@ import torch
 
 from polyattn.codegen import tables
 from polyattn.codegen.spec import FEATURES, MARKS, QUERY_SIDE, KernelSpec
+from polyattn.codegen.tables import Scalars
 from polyattn.codegen.triton_emit import letters, rank_name
 from polyattn.codegen.triton_kernels import CONSTANTS, Launch, Writer
 from polyattn.errors import ScheduleError
@@ -127,10 +128,13 @@ def available(device: torch.device) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _constant_tables(d: int, degree: int, device: torch.device) -> dict[str, torch.Tensor]:
-    made = {f"COLUMNS_{low}": torch.as_tensor(features.columns(d, low), device=device) for low in range(degree + 1)}
-    if degree:
-        made[f"EDGES_{degree}"] = torch.as_tensor(features.edges(d, degree), device=device)
+def _constant_tables(basis: features.Basis, device: torch.device) -> dict[str, torch.Tensor]:
+    made = {
+        f"COLUMNS_{low}": torch.as_tensor(features.columns(basis.below(low)), device=device)
+        for low in range(basis.degree + 1)
+    }
+    if basis.degree:
+        made[f"EDGES_{basis.degree}"] = torch.as_tensor(features.edges(basis), device=device)
     return made
 
 
@@ -142,8 +146,8 @@ def _number_table(values: tuple[float, ...], dtype: torch.dtype, device: torch.d
 def run(
     spec: KernelSpec,
     inputs: Mapping[str, torch.Tensor],
-    scalars: Mapping[str, float],
-    head_dim: int,
+    scalars: Scalars,
+    basis: features.Basis,
     block: int,
     blocks: tuple[int, int, int] = (BLOCK_TOKENS, BLOCK_TOKENS, BLOCK_RANK),
 ) -> dict[str, torch.Tensor]:
@@ -158,14 +162,15 @@ def run(
     sample = inputs["Q"]
     dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
 
-    given = dict(_constant_tables(head_dim, emitted.degree, sample.device))
+    given = dict(_constant_tables(basis.below(emitted.degree), sample.device))
     for name, coefficients in emitted.weights.items():
-        values = tuple(tables.number(c, scalars) for c in coefficients)
-        given[name] = tables.weights(values, head_dim, dtype, sample.device)
+        values = [tables.value(c, scalars) for c in coefficients]
+        given[name] = tables.weights(values, basis, dtype, sample.device)
+        given[name] = given[name].expand(len(sample), -1).contiguous()
     numbers = tuple(tables.number(c, scalars) for c in emitted.numbers)
     given["NUMBERS"] = _number_table(numbers or (0.0,), dtype, sample.device)
     degree = emitted.degree
-    ranks = {rank_name(FEATURES[low]): features.rank(head_dim, degree - low) for low in range(degree + 1)}
+    ranks = {rank_name(FEATURES[low]): features.rank(basis.below(degree - low)) for low in range(degree + 1)}
     acc = tl.float64 if dtype == torch.float64 else tl.float32
     made: dict[str, torch.Tensor] = _module(spec).run(inputs, given, ranks, block, blocks, acc, dtype)
     return made

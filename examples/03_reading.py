@@ -25,7 +25,7 @@ from rich.table import Table
 
 import polyattn
 from polyattn.passes import inspection
-from polyattn.rewriter.features import rank
+from polyattn.rewriter.features import full, rank
 
 RULES: Mapping[str, str] = {
     "lift": "the traced aten graph becomes index notation: sums over products of factors with shared indices",
@@ -144,7 +144,11 @@ def costs_of(site: polyattn.SiteReport) -> dict[str, tuple[sympy.Expr, int]]:
     derivation = inspection.derivation(causal=site.causal, degree=site.degree, gradient=site.gradient)
     shape = {name: int(size) for name, size in site.shape.items()}
     sizes = {name: shape[name] for name in ("n_q", "n_k", "d", "e")}
-    sizes |= {"r": rank(shape["d"], site.degree), "r'": rank(shape["d"], site.degree - 1), "C": site.chunk or 0}
+    sizes |= {
+        "r": rank(full(shape["d"], site.degree)),
+        "r'": rank(full(shape["d"], site.degree - 1)),
+        "C": site.chunk or 0,
+    }
     return {
         name: (formula, int(formula.subs({symbol: sizes[str(symbol)] for symbol in formula.free_symbols})))
         for name, formula in derivation.costs().items()

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from polyattn.passes.derive import derive
 from polyattn.passes.kernels import kernels
 from polyattn.rewriter.expr import N_K, N_Q, R1, D, E, N, R
-from polyattn.rewriter.features import rank
+from polyattn.rewriter.features import full, rank
 from polyattn.rewriter.order import plan
 from polyattn.rewriter.plan import walk
 
@@ -133,13 +133,13 @@ def backward_flops(
 ) -> int:
     """FLOPs per head of the backward that computes only what is wanted."""
     cost = kernels(causal, degree, gradient).backward(wanted).cost()
-    return int(cost.subs({N_Q: n_q, N_K: n_k, D: d, E: e, R: rank(d, degree), R1: rank(d, degree - 1)}))
+    return int(cost.subs({N_Q: n_q, N_K: n_k, D: d, E: e, R: rank(full(d, degree)), R1: rank(full(d, degree - 1))}))
 
 
 def algebra_flops(tokens: int, width: int, degree: int = 2) -> tuple[int, int]:
     """FLOPs of the paper's layer, backward after its forward: (dX, dW and dW_V, dX alone)."""
     made = plan(derive("paper", degree, "substituted")[-1].program)
     forward = list(walk([made.outputs["O"]]))
-    sizes = {N: tokens, D: width, E: width, R: rank(width, degree), R1: rank(width, degree - 1)}
+    sizes = {N: tokens, D: width, E: width, R: rank(full(width, degree)), R1: rank(full(width, degree - 1))}
     everything = made.cost(["dX", "dW", "dW_V"], forward)
     return int(everything.subs(sizes)), int(made.cost(["dX"], forward).subs(sizes))

@@ -25,7 +25,7 @@ from paper_model import Config, Model
 import polyattn
 from polyattn.passes.kernels import exact_cost, kernels
 from polyattn.rewriter.expr import N_K, N_Q, R1, D, E, R
-from polyattn.rewriter.features import rank
+from polyattn.rewriter.features import full, rank
 
 Tick = Callable[[str], None]
 """Called after every piece of work, with a word about it."""
@@ -121,7 +121,14 @@ def attention_of(plan: str, degree: int) -> Callable[..., torch.Tensor]:
 def flops(plan: str, tokens: int, width: int, degree: int) -> int:
     """Floating point operations of the attention's forward and backward."""
     cost = exact_cost("softmax") if plan == EXACT else kernels(False, degree, plan).cost()
-    sizes = {N_Q: tokens, N_K: tokens, D: width, E: width, R: rank(width, degree), R1: rank(width, degree - 1)}
+    sizes = {
+        N_Q: tokens,
+        N_K: tokens,
+        D: width,
+        E: width,
+        R: rank(full(width, degree)),
+        R1: rank(full(width, degree - 1)),
+    }
     return int(cost.subs(sizes))
 
 

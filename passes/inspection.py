@@ -11,13 +11,12 @@ from torch import fx
 
 from polyattn.codegen import target
 from polyattn.codegen.evaluate import Evaluation, block_length
-from polyattn.codegen.shift import key_gradient
-from polyattn.codegen.shift import shift as shift_
+from polyattn.codegen.shift import move
 from polyattn.passes.derive import Step, derive
 from polyattn.passes.forms import softmax_form
 from polyattn.passes.kernels import exact_plan, kernels
 from polyattn.passes.log import Log, formulas
-from polyattn.rewriter.features import rank
+from polyattn.rewriter.features import full, rank
 from polyattn.rewriter.lowrank import Approximation
 from polyattn.rewriter.order import plan
 from polyattn.rewriter.plan import walk
@@ -106,11 +105,11 @@ def graphs(
     from functorch import make_fx
 
     made = kernels(causal, degree, gradient, shift != "none")
-    first = chunk if shift == "first_chunk" else None
     d, e = shape["d"], shape["e"]
     heads, groups = shape["batch"] * shape["kv_heads"], shape["heads"] // shape["kv_heads"]
     scalars = {"s": scale, **Approximation(degree).values}
-    block = chunk if chunk is not None else block_length(rank(d, degree), groups)
+    basis = full(d, degree)
+    block = chunk if chunk is not None else block_length(rank(basis), groups)
     q, k, v = (
         torch.zeros(heads, groups, shape["n_q"], d),
         torch.zeros(heads, shape["n_k"], d),
@@ -119,20 +118,16 @@ def graphs(
     g, denominators = torch.zeros(heads, groups, shape["n_q"], e), torch.ones(heads, groups, shape["n_q"])
 
     def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        inputs = {"Q": q, "K": k, "V": v}
-        if shift != "none":
-            inputs.update(shift_(q, k, scale, first).inputs)
-        result = Evaluation(made.forward, inputs, scalars, d, block).run()
+        inputs = {"V": v, **move(q, k, scale, shift, chunk or 0).inputs}
+        result = Evaluation(made.forward, inputs, scalars, basis, block).run()
         return result["O"], result["D"]
 
     def backward(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         inputs = dict(zip(("Q", "K", "V", "G", "O", "D"), tensors, strict=True))
-        if shift == "none":
-            result = Evaluation(made.backward(("dQ", "dK", "dV")), inputs, scalars, d, block).run()
-            return result["dQ"], result["dK"], result["dV"]
-        moved = shift_(inputs["Q"], inputs["K"], scale, first)
+        moved = move(inputs["Q"], inputs["K"], scale, shift, chunk or 0)
         inputs.update(moved.inputs)
-        result = Evaluation(made.backward(("dQ", "dK", "dV", "dB")), inputs, scalars, d, block).run()
-        return result["dQ"], key_gradient(result["dK"], result["dB"], moved, scale), result["dV"]
+        names = ("dQ", "dK", "dV", *(["dB"] if "B" in moved.inputs else []))
+        result = Evaluation(made.backward(names), inputs, scalars, basis, block).run()
+        return result["dQ"], moved.key_gradient(result["dK"], result.get("dB"), scale), result["dV"]
 
     return make_fx(forward)(q, k, v), make_fx(backward)(q, k, v, g, torch.zeros_like(g), denominators)

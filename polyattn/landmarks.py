@@ -28,11 +28,9 @@ def of(
     with state.lock:
         if state.landmarks is None:
             q, k, _ = grouped(*(x[:ELEMENTS] for x in tensors))
-            if setting.weighted:
-                moved = setting.shifted(q, k)
-                q, k, weights = moved.q, moved.k, moved.weights
-            else:
-                weights = torch.ones_like(k[..., 0])
+            moved = setting.moved(q, k)
+            q, k = moved.q, moved.k
+            weights = torch.ones_like(k[..., 0]) if moved.weights is None else moved.weights
             m = options.resolved_rank(k.shape[-1])
             generator = torch.Generator().manual_seed(seed(options, site, "fit"))
             elements = len(q) // tensors[1].shape[1]

@@ -14,8 +14,9 @@ import torch
 from polyattn.codegen import exact as dense
 from polyattn.codegen import target
 from polyattn.codegen.evaluate import block_length
-from polyattn.codegen.shift import Shifted, key_gradient, shift
+from polyattn.codegen.shift import Moved, Turn, move
 from polyattn.codegen.spec import KernelSpec
+from polyattn.codegen.tables import Scalars
 from polyattn.passes.derive import exact
 from polyattn.passes.forms import softmax_form
 from polyattn.passes.kernels import kernels
@@ -39,23 +40,50 @@ class Setting:
     shift: str = "none"
     """Which tokens the means are taken of that queries and keys are shifted by (codegen/shift.py)."""
 
-    landmarks: torch.Tensor | None = None
-    """Of skeleton features, [kv_heads, m, 2 d + m]: landmarks of keys and of queries, and core, side by side."""
-
-    def skeleton(self, heads: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Inputs of the kernels for all heads, batch elements one after the other; none for polynomials."""
-        if self.landmarks is None:
-            return {}
-        d = like.shape[-1]
-        packed = self.landmarks.to(like.dtype).repeat(heads // self.landmarks.shape[0], 1, 1)
-        return {"LK": packed[..., :d], "LQ": packed[..., d : 2 * d], "Z": packed[..., 2 * d :].contiguous()}
+    widths: tuple[int, ...] = ()
+    """Of a nested polynomial (features.Basis); nothing for the full form."""
+    fitted: torch.Tensor | None = None
+    """What was fitted to the heads. Of skeleton features [kv_heads, m, 2 d + m]: landmarks of keys and of queries, and
+    core, side by side; of a polynomial [kv_heads, 2 d + 1, d or degree + 1]: the matrices that queries and keys are
+    multiplied by, and the coefficients, one above the other; None for Taylor's polynomial."""
 
     @property
     def weighted(self) -> bool:
         return self.shift != "none"
 
-    def shifted(self, q: torch.Tensor, k: torch.Tensor) -> Shifted:
-        return shift(q, k, self.scale, self.chunk if self.shift == "first_chunk" else None)
+    def basis(self, d: int) -> features.Basis:
+        """The monomials that the features are; none but the constant one with skeleton features."""
+        return features.Basis(d, self.widths) if self.widths else features.full(d, self.degree or 0)
+
+    def per_head(self, heads: int, like: torch.Tensor) -> torch.Tensor | None:
+        """What was fitted, for all heads, batch elements one after the other."""
+        if self.fitted is None:
+            return None
+        return self.fitted.to(like.dtype).repeat(heads // self.fitted.shape[0], 1, 1)
+
+    def skeleton(self, heads: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Landmarks and core as inputs of the kernels; none for polynomials."""
+        packed, d = self.per_head(heads, like), like.shape[-1]
+        if packed is None or self.degree is not None:
+            return {}
+        return {"LK": packed[..., :d], "LQ": packed[..., d : 2 * d], "Z": packed[..., 2 * d :].contiguous()}
+
+    def coefficients(self, heads: int, like: torch.Tensor) -> Scalars:
+        """Of the polynomial: Taylor's numbers, or those of each head; none with skeleton features."""
+        if self.degree is None:
+            return {}
+        packed, rule = self.per_head(heads, like), Approximation(self.degree)
+        if packed is None:
+            return rule.values
+        return {c.name: packed[:, -1, m].contiguous() for m, c in enumerate(rule.coefficients)}
+
+    def moved(self, q: torch.Tensor, k: torch.Tensor) -> Moved:
+        """Queries and keys after the exact transformations."""
+        packed, d = self.per_head(len(k), q), q.shape[-1]
+        turn = None
+        if packed is not None and self.degree is not None:
+            turn = Turn(packed[:, :d, :d].contiguous(), packed[:, d : 2 * d, :d].contiguous())
+        return move(q, k, self.scale, self.shift, self.chunk, turn)
 
 
 @dataclass(frozen=True)
@@ -87,10 +115,7 @@ def grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Grouped:
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, setting: Setting) -> Forward:
     """Low-rank attention of grouped tensors."""
     made = kernels(setting.causal, setting.degree, setting.gradient, setting.weighted)
-    inputs = {"Q": q, "K": k, "V": v}
-    if setting.weighted:
-        inputs.update(setting.shifted(q, k).inputs)
-    inputs.update(setting.skeleton(len(k), q))
+    inputs = {"V": v, **setting.moved(q, k).inputs, **setting.skeleton(len(k), q)}
     result = _run(made.forward, inputs, setting)
     out, denominators = result["O"], result["D"]
     bad = ~(torch.isfinite(denominators) & (denominators > 0) & torch.isfinite(out).all(-1))
@@ -124,20 +149,19 @@ def backward(
     stats = denominators.reshape(qs.shape[:-1])
     bad = stats <= 0
     some = bool(bad.any())
-    moved = setting.shifted(qs, ks) if setting.weighted else None
-    plain = (qs if moved is None else moved.q, gs, outs)
-    low_q, low_g, low_o = (x.masked_fill(bad.unsqueeze(-1), 0.0) if some else x for x in plain)
+    moved = setting.moved(qs, ks)
+    low_q, low_g, low_o = (x.masked_fill(bad.unsqueeze(-1), 0.0) if some else x for x in (moved.q, gs, outs))
     low_d = stats.masked_fill(bad, 1.0) if some else stats
     wanted = tuple(name for name, need in zip(("dQ", "dK", "dV"), needs, strict=True) if need)
     made = kernels(setting.causal, setting.degree, setting.gradient, setting.weighted)
-    inputs = {"Q": low_q, "K": ks, "V": vs, "G": low_g, "O": low_o, "D": low_d, **setting.skeleton(len(ks), qs)}
-    if moved is None:
-        result = _run(made.backward(wanted), inputs, setting)
-    else:
-        inputs.update(K=moved.k, B=moved.weights)
-        result = _run(made.backward((*wanted, "dB") if "dK" in wanted else wanted), inputs, setting)
-        if "dK" in wanted:
-            result["dK"] = key_gradient(result["dK"], result.pop("dB"), moved, setting.scale)
+    inputs = {"V": vs, **moved.inputs, **setting.skeleton(len(ks), qs)}
+    inputs.update(Q=low_q, G=low_g, O=low_o, D=low_d)
+    names = (*wanted, "dB") if "dK" in wanted and moved.weights is not None else wanted
+    result = _run(made.backward(names), inputs, setting)
+    if "dQ" in result:
+        result["dQ"] = moved.query_gradient(result["dQ"])
+    if "dK" in result:
+        result["dK"] = moved.key_gradient(result["dK"], result.pop("dB", None), setting.scale)
     if some:
         result = _with_exact_rows(result, bad, (qs, ks, vs), gs, setting)
     return result.get("dQ"), result.get("dK"), result.get("dV")
@@ -173,12 +197,14 @@ def _with_exact_rows(
 def _run(spec: KernelSpec, inputs: Mapping[str, torch.Tensor], setting: Setting) -> dict[str, torch.Tensor]:
     """One specification over all heads, a group of heads at a time."""
     heads, groups, _, d = inputs["Q"].shape
-    r = inputs["Z"].shape[-1] if setting.degree is None else features.rank(d, setting.degree)
+    basis = setting.basis(d)
+    r = inputs["Z"].shape[-1] if setting.degree is None else features.rank(basis)
     block = setting.chunk if setting.causal else block_length(r, groups)
     step = min(heads, target.heads_at_once(inputs["Q"].device, groups, block * r))
-    scalars = {"s": setting.scale, **({} if setting.degree is None else Approximation(setting.degree).values)}
+    scalars: Scalars = {"s": setting.scale, **setting.coefficients(heads, inputs["Q"])}
     parts = []
     for at in range(0, heads, step):
         some = {name: x[at : at + step] for name, x in inputs.items()}
-        parts.append(target.run(spec, some, scalars, d, block))
+        theirs = {name: x[at : at + step] if isinstance(x, torch.Tensor) else x for name, x in scalars.items()}
+        parts.append(target.run(spec, some, theirs, basis, block))
     return {name: torch.cat([p[name] for p in parts]) if len(parts) > 1 else parts[0][name] for name in parts[0]}

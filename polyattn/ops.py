@@ -124,7 +124,7 @@ def _attention(
     with torch.autocast(q.device.type, enabled=False):
         if ticket.low_rank and setting.degree is None:
             made_of = landmarks.of(site, state, (q, k, v), setting, opts)
-            setting, fitted = replace(setting, landmarks=made_of), made_of.clone()
+            setting, fitted = replace(setting, fitted=made_of), made_of.clone()
         made = _low_rank(site, state, ticket, (q, k, v), setting, opts) if ticket.low_rank else None
         state.leave(ticket, made is not None, q, k, v)
         plan[0] = int(made is not None)
@@ -194,7 +194,9 @@ def _attention_backward(
         elif low:
             gradient = "substituted" if substituted else "consistent"
             marks = None if degree else fitted
-            setting = lowrank_op.Setting(scale, causal, degree or None, gradient, chunk, STATISTICS[moved], marks)
+            setting = lowrank_op.Setting(
+                scale, causal, degree or None, gradient, chunk, STATISTICS[moved], fitted=marks
+            )
             made = lowrank_op.backward(g, q, k, v, out, stat, setting, needs)
         else:
             program = exact(softmax_form(causal))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 
 import sympy
 
-from polyattn.rewriter.features import rank
+from polyattn.rewriter.features import full, rank
 from polyattn.rewriter.skeleton import M
 from polyattn.rewriter.symbols import LATEX, TEXT, Style, symbol
 from polyattn.rewriter.tensor import CHUNK, N_K, N_Q, R1, D, E, N, R
@@ -128,5 +128,5 @@ def sizes(shape: Mapping[str, int], degree: int | None) -> dict[sympy.Symbol, in
         D: d,
         E: shape.get("e", d),
     }
-    ranks = {M: shape.get("rank", 512)} if degree is None else {R: rank(d, degree), R1: rank(d, degree - 1)}
+    ranks = {M: shape.get("rank", 512)} if degree is None else {R: rank(full(d, degree)), R1: rank(full(d, degree - 1))}
     return found | ranks | {CHUNK: shape.get("chunk", min(next(iter(ranks.values())), n_q))}

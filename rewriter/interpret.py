@@ -81,14 +81,16 @@ class Interpreter:
         if isinstance(tensor, Poly):
             return self._poly(self.tensor(tensor.score), tensor.coefficients)
         if isinstance(tensor, Feature):
-            return features.generate(self.tensor(tensor.source), tensor.degree)
+            return features.generate(
+                source := self.tensor(tensor.source), features.full(source.shape[-1], tensor.degree)
+            )
         if isinstance(tensor, Weights):
-            d = self._head_dim()
             numbers = [float(self.coefficient(c)) for c in tensor.coefficients]
-            return torch.as_tensor(features.weights(numbers, d)).to(self._like)
+            return torch.as_tensor(features.weights(numbers, self._basis(tensor.degree))).to(self._like)
         if isinstance(tensor, Select):
-            sigma = torch.as_tensor(features.selection(self._head_dim(), tensor.degree))
-            full = torch.zeros(*sigma.shape, features.rank(sigma.shape[1], tensor.degree)).to(self._like)
+            basis = self._basis(tensor.degree)
+            sigma = torch.as_tensor(features.selection(basis))
+            full = torch.zeros(*sigma.shape, features.rank(basis)).to(self._like)
             return full.scatter(2, sigma.unsqueeze(2), 1.0)
         if isinstance(tensor, Concat):
             columns = [self.expr(part) for part in tensor.parts]
@@ -100,8 +102,8 @@ class Interpreter:
             return take_part(self.tensor(tensor.whole), tensor.part, tensor.widths)
         raise RewriteError(f"no dense meaning for {type(tensor).__name__}")
 
-    def _head_dim(self) -> int:
-        return int(next(v for k, v in self.inputs.items() if k in ("Q", "K", "X")).shape[-1])
+    def _basis(self, degree: int) -> features.Basis:
+        return features.full(next(v for k, v in self.inputs.items() if k in ("Q", "K", "X")).shape[-1], degree)
 
     def _poly(self, x: torch.Tensor, coefficients: tuple[sympy.Expr, ...]) -> torch.Tensor:
         total: torch.Tensor | None = None

@@ -222,7 +222,7 @@ class Features(Matrix):
         return f"{head}({self.x.write(style)})"
 
     def value(self, at: Dense) -> torch.Tensor:
-        return features.generate(self.x.value(at), self.degree)
+        return features.generate(self.x.value(at), features.full(at.head, self.degree))
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ class WeightColumn(Matrix):
 
     def value(self, at: Dense) -> torch.Tensor:
         numbers = [at.number(c) for c in self.coefficients]
-        return torch.as_tensor(features.weights(numbers, at.head)).unsqueeze(1)
+        return torch.as_tensor(features.weights(numbers, features.full(at.head, len(numbers) - 1))).unsqueeze(1)
 
 
 @dataclass(frozen=True)
@@ -250,8 +250,9 @@ class Selection(Matrix):
         return style.mark("[x^α = x^β · x_a]", r"[x^\alpha = x^\beta \cdot x_a]")
 
     def value(self, at: Dense) -> torch.Tensor:
-        sigma = torch.as_tensor(features.selection(at.head, self.degree))
-        full = torch.zeros(*sigma.shape, features.rank(at.head, self.degree), dtype=torch.float64)
+        basis = features.full(at.head, self.degree)
+        sigma = torch.as_tensor(features.selection(basis))
+        full = torch.zeros(*sigma.shape, features.rank(basis), dtype=torch.float64)
         return full.scatter(2, sigma.unsqueeze(2), 1.0).transpose(1, 2).flatten(0, 1)
 
 

@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operands import spec_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from polyattn.codegen import cpu_target
+from polyattn.codegen import cpu_target, tables
 from polyattn.codegen.evaluate import Evaluation
 from polyattn.codegen.schedule import schedule
 from polyattn.codegen.spec import KernelSpec
@@ -38,8 +39,8 @@ gradients = pytest.mark.parametrize("gradient", ["consistent", "substituted"])
 def both(spec: KernelSpec, x: Mapping[str, torch.Tensor], degree: int, block: int) -> tuple[Inputs, Inputs]:
     """What evaluate and the emitted file make of a specification."""
     scalars = {"s": 0.3, **Approximation(degree).values}
-    d = x["Q"].shape[-1]
-    return Evaluation(spec, x, scalars, d, block).run(), cpu_target.run(spec, x, scalars, d, block)
+    basis = features.full(x["Q"].shape[-1], degree)
+    return Evaluation(spec, x, scalars, basis, block).run(), cpu_target.run(spec, x, scalars, basis, block)
 
 
 def agree(wanted: Inputs, got: Inputs, tolerance: float = 1e-11) -> None:
@@ -161,9 +162,9 @@ def test_inputs_that_are_views_and_require_gradients() -> None:
     wide = {name: torch.stack([value, value], -1)[..., 0].requires_grad_() for name, value in x.items()}
     scalars = {"s": 0.3, **Approximation(2).values}
     spec = kernels(True, 2, "consistent").forward
-    made = cpu_target.run(spec, wide, scalars, 4, 8)
+    made = cpu_target.run(spec, wide, scalars, features.full(4, 2), 8)
     assert not made["O"].requires_grad
-    agree(Evaluation(spec, x, scalars, 4, 8).run(), made)
+    agree(Evaluation(spec, x, scalars, features.full(4, 2), 8).run(), made)
 
 
 def test_a_future_key_whose_score_overflows_is_not_seen() -> None:
@@ -171,7 +172,7 @@ def test_a_future_key_whose_score_overflows_is_not_seen() -> None:
     x["K"][:, -1] = 1e4
     x["Q"][:, :, :-1] = x["Q"][:, :, :-1].abs() + 1
     scalars = {"s": 1.0, **Approximation(2).values}
-    out = cpu_target.run(kernels(True, 2, "consistent").forward, x, scalars, 3, 12)["O"]
+    out = cpu_target.run(kernels(True, 2, "consistent").forward, x, scalars, features.full(3, 2), 12)["O"]
     assert bool(out[:, :, :-1].isfinite().all())
 
 
@@ -199,11 +200,11 @@ def test_no_tensor_grows_with_the_square_of_tokens_or_with_tokens_and_rank(
     x = spec_inputs(d, d, n, n, heads=1)
     scalars = {"s": 0.3, **Approximation(degree).values}
     made = kernels(causal, degree, gradient)
-    limit = max(n * (d + 1), features.rank(d, degree) * max(block, d + 1) * (d + 1))
-    assert limit < n * features.rank(d, degree)
+    limit = max(n * (d + 1), features.rank(features.full(d, degree)) * max(block, d + 1) * (d + 1))
+    assert limit < n * features.rank(features.full(d, degree))
     with Largest() as seen:
-        out = cpu_target.run(made.forward, x, scalars, d, block)
-        cpu_target.run(made.backward(ALL), {**x, **out}, scalars, d, block)
+        out = cpu_target.run(made.forward, x, scalars, features.full(d, degree), block)
+        cpu_target.run(made.backward(ALL), {**x, **out}, scalars, features.full(d, degree), block)
     assert n <= seen.elements <= limit
 
 
@@ -232,11 +233,56 @@ def test_the_text_is_a_file_of_its_own(causal: bool, degree: int, gradient: str)
         assert "polyattn" not in text
 
 
+@gradients
+@masks
+@pytest.mark.parametrize("widths", [(5, 3), (5, 5, 2), (5, 4, 3), (4, 4, 2, 1), (5, 0), (3, 2, 0)])
+def test_nested_monomials_with_coefficients_of_each_head(widths: tuple[int, ...], causal: bool, gradient: str) -> None:
+    """Against autograd through Σ_m c_m (q·k over the last w_m coordinates)^m, written densely."""
+    d, degree, s = widths[0], len(widths), 0.3
+    x = spec_inputs(d, 3, 23, 23, heads=2, groups=2)
+    basis = features.Basis(d, widths)
+    generator = torch.Generator().manual_seed(3)
+    c = torch.rand(degree + 1, 2, generator=generator, dtype=torch.float64) + 0.1
+    scalars = {"s": s, **{f"a{m}": c[m] for m in range(degree + 1)}}
+    made = kernels(causal, degree, gradient)
+    leaves = {name: x[name].clone().requires_grad_() for name in "QKV"}
+    scores = s * leaves["Q"] @ leaves["K"][:, None].mT
+    near = torch.full_like(scores, False, dtype=torch.bool)
+    if causal:
+        i = torch.arange(23)
+        near = (i[:, None] // 8 == i // 8) & (i <= i[:, None])
+    a = torch.zeros_like(scores) + c[0][:, None, None, None]
+    for m, width in enumerate(widths, 1):
+        part = s * leaves["Q"][..., d - width :] @ leaves["K"][:, None, :, d - width :].mT
+        a = a + c[m][:, None, None, None] * part**m
+    if gradient == "substituted":
+        a = a.detach() * (1 + scores - scores.detach())
+    a = torch.where(near, scores.exp(), a)
+    if causal:
+        a = a * (i <= i[:, None])
+    out = a / a.sum(-1, keepdim=True) @ leaves["V"][:, None]
+    wanted = dict(zip("QKV", torch.autograd.grad(out, list(leaves.values()), x["G"]), strict=True))
+    for run in (lambda *args: Evaluation(*args).run(), cpu_target.run):
+        found = run(made.forward, x, scalars, basis, 8)
+        torch.testing.assert_close(found["O"], out, rtol=0, atol=1e-9 * float(out.detach().abs().max().clamp_min(1)))
+        got = run(made.backward(ALL), {**x, **found}, scalars, basis, 8)
+        for name, value in wanted.items():
+            limit = 1e-9 * float(value.abs().max().clamp_min(1))
+            torch.testing.assert_close(got["d" + name], value, rtol=0, atol=limit)
+
+
+def test_coefficients_of_each_head_are_weights_of_monomials_only() -> None:
+    with pytest.raises(ScheduleError, match="differs from head to head"):
+        tables.number(sympy.Symbol("a1", positive=True), {"a1": torch.ones(2)})
+
+
 def test_tracebacks_show_the_emitted_lines() -> None:
     x = spec_inputs(3, 3, 9, 9)
     x["V"] = x["V"][:, :5]
     with pytest.raises(RuntimeError) as caught:
-        cpu_target.run(kernels(False, 2, "consistent").forward, x, {"s": 1.0, **Approximation(2).values}, 3, 4)
+        cpu_target.run(
+            kernels(False, 2, "consistent").forward, x, {"s": 1.0, **Approximation(2).values}, features.full(3, 2), 4
+        )
     assert "v_hat[:, :, :-1] = v" in "".join(traceback.format_exception(caught.value))
 
 

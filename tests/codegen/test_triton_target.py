@@ -20,7 +20,9 @@ from operands import spec_inputs
 from polyattn.codegen import triton_target
 from polyattn.codegen.evaluate import Evaluation
 from polyattn.codegen.spec import KernelSpec
+from polyattn.codegen.tables import Scalars
 from polyattn.passes.kernels import kernels
+from polyattn.rewriter import features
 from polyattn.rewriter.lowrank import Approximation
 
 triton = pytest.importorskip("triton")
@@ -44,9 +46,14 @@ def inputs(*sizes: int, dtype: torch.dtype = torch.float64) -> Inputs:
 def both(spec: KernelSpec, x: Mapping[str, torch.Tensor], degree: int, block: int) -> tuple[Inputs, Inputs]:
     """What evaluate and the Triton kernels make of a specification."""
     scalars = {"s": 0.3, **Approximation(degree).values}
-    d = x["Q"].shape[-1]
-    wanted = Evaluation(spec, x, scalars, d, block).run()
-    return wanted, triton_target.run(spec, x, scalars, d, block, BLOCKS)
+    return run_both(spec, x, scalars, features.full(x["Q"].shape[-1], degree), block)
+
+
+def run_both(
+    spec: KernelSpec, x: Mapping[str, torch.Tensor], scalars: Scalars, basis: features.Basis, block: int
+) -> tuple[Inputs, Inputs]:
+    wanted = Evaluation(spec, x, scalars, basis, block).run()
+    return wanted, triton_target.run(spec, x, scalars, basis, block, BLOCKS)
 
 
 def compare(
@@ -63,6 +70,23 @@ def compare(
         for name, value in wanted.items():
             assert got[name].shape == value.shape
             assert float((got[name] - value).abs().max()) <= tolerance * (1 + float(value.abs().max())), name
+
+
+@runs
+@pytest.mark.parametrize("gradient", ["consistent", "substituted"])
+@pytest.mark.parametrize("widths", [(5, 3), (4, 3, 2)])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_nested_monomials_with_coefficients_of_each_head(causal: bool, widths: tuple[int, ...], gradient: str) -> None:
+    x, made = inputs(widths[0], 3, 37, 37, 2, 2), kernels(causal, len(widths), gradient)
+    generator = torch.Generator().manual_seed(3)
+    c = torch.rand(len(widths) + 1, 2, generator=generator, dtype=torch.float64).to(DEVICE) + 0.1
+    scalars = {"s": 0.3, **{f"a{m}": row for m, row in enumerate(c)}}
+    basis = features.Basis(widths[0], widths)
+    wanted, got = run_both(made.forward, x, scalars, basis, 20)
+    pairs = [(wanted, got), run_both(made.backward(("dQ", "dK", "dV")), {**x, **wanted}, scalars, basis, 20)]
+    for wanted, got in pairs:
+        for name, value in wanted.items():
+            assert float((got[name] - value).abs().max()) <= 1e-12 * (1 + float(value.abs().max())), name
 
 
 @runs

@@ -11,6 +11,7 @@ from polyattn.codegen import cpu_target, triton_target
 from polyattn.codegen.evaluate import Evaluation
 from polyattn.errors import ScheduleError
 from polyattn.passes.kernels import kernels
+from polyattn.rewriter.features import full
 
 S = 0.4
 Inputs = dict[str, torch.Tensor]
@@ -57,10 +58,10 @@ def compare(x: Inputs, gradient: str, weighted: bool, block: int, causal: bool =
     wanted = dense({**x, **leaves}, weighted, gradient == "substituted", block if causal else None)
     gradients = torch.autograd.grad(wanted, list(leaves.values()), x["G"])
     made, d = kernels(causal, None, gradient, weighted), x["Q"].shape[-1]
-    forward = Evaluation(made.forward, x, {"s": S}, d, block).run()
+    forward = Evaluation(made.forward, x, {"s": S}, full(d, 0), block).run()
     torch.testing.assert_close(forward["O"], wanted.detach(), rtol=0, atol=1e-9)
     spec = made.backward([f"d{name}" for name in names])
-    got = Evaluation(spec, {**x, "O": forward["O"], "D": forward["D"]}, {"s": S}, d, block).run()
+    got = Evaluation(spec, {**x, "O": forward["O"], "D": forward["D"]}, {"s": S}, full(d, 0), block).run()
     for name, want in zip(names, gradients, strict=True):
         torch.testing.assert_close(got[f"d{name}"], want, rtol=0, atol=1e-9 * max(1.0, float(want.abs().max())))
 
@@ -116,13 +117,16 @@ def test_emitted_cpu_code_equals_evaluate(
     x = operands(5, 3, n_q, n_k, 7)
     made = kernels(causal, None, gradient, weighted)
     names = ("dQ", "dK", "dV", *(["dB"] if weighted else []))
-    forward = Evaluation(made.forward, x, {"s": S}, 5, block).run()
+    forward = Evaluation(made.forward, x, {"s": S}, full(5, 0), block).run()
     given_ = {**x, "O": forward["O"], "D": forward["D"]}
-    pairs = [(forward, cpu_target.run(made.forward, x, {"s": S}, 5, block))]
+    pairs = [(forward, cpu_target.run(made.forward, x, {"s": S}, full(5, 0), block))]
     for wanted in (names, ("dQ",), ("dK", "dV")):
         spec = made.backward(wanted)
         pairs.append(
-            (Evaluation(spec, given_, {"s": S}, 5, block).run(), cpu_target.run(spec, given_, {"s": S}, 5, block))
+            (
+                Evaluation(spec, given_, {"s": S}, full(5, 0), block).run(),
+                cpu_target.run(spec, given_, {"s": S}, full(5, 0), block),
+            )
         )
     for want, got in pairs:
         assert want.keys() == got.keys()

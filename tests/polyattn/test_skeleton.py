@@ -12,7 +12,7 @@ from dense import dense_skeleton
 
 import polyattn
 from polyattn import guard
-from polyattn.codegen.shift import shift
+from polyattn.codegen.shift import move
 from polyattn.errors import OptionValueError
 from polyattn.rewriter.landmarks import fit
 
@@ -185,7 +185,7 @@ def test_auto_keeps_it_where_the_audit_holds_and_is_exact_where_not() -> None:
 
 def test_more_landmarks_fit_better_and_the_error_is_that_of_the_rows() -> None:
     q, k, _ = (x.detach() for x in operands(batch=1, heads=2, n=500))
-    moved = shift(q[0][:, None], k[0], 0.35, None)
+    moved = move(q[0][:, None], k[0], 0.35, "call", 0)
     queries, logits = moved.q[:, 0], 0.35 * q[0] @ k[0].mT
     errors = []
     for m in (8, 32, 128):
