@@ -88,6 +88,8 @@ class Writer:
             for a in n.args:
                 readers[a] = readers.get(a, 0) + 1
         body = Body(readers, stores, self.spec.chunked, max(self.ranks.values(), default=0))
+        if self.spec.mask == "band" and loop.stores and loop.axis is not None:
+            body.own = loop.axis.letter
         for n in steps(body, stores, sums):
             if n.op == "features":
                 body.tallest[n.args[0]] = max(body.tallest.get(n.args[0], n), n, key=lambda f: int(f.attr))
@@ -105,7 +107,13 @@ class Writer:
                 self._store(stores[n], body.values[n], body)
             for dead in [m for m in body.memory if body.last[m] <= at]:
                 self._release(body.memory.pop(dead))
-        self.loops += [*body.before, *self._header(loop), *("    " + line for line in body.lines), ""]
+        if self.spec.mask == "band" and loop.stores:
+            used = [v for v in self.states.values() if any(f"far_{v.name}" in line for line in body.lines)]
+            body.lines[:0] = [f"far_{v.name} = {v.name}[start // block]  # {v.shape()}" for v in used]
+        self.loops += [*body.before, *self._header(loop), *("    " + line for line in body.lines)]
+        if self.spec.mask == "band":
+            self.loops += [f"elsewhere({self.states[state_key(n)].name})" for n in sums]
+        self.loops.append("")
 
     def _header(self, loop: Loop) -> list[str]:
         """The line of a loop, and how many tokens its block has."""
@@ -116,6 +124,21 @@ class Writer:
                 "    rows, T_k = max(0, min(block, n_q - start)), max(0, min(block, n_k - start))",
                 "    T_q = groups * rows",
             ]
+        if self.spec.mask == "band" and loop.stores:
+            near = [
+                "for start in range(0, n_q, block):",
+                "    below, above = max(0, start - block), min(n_k, start + 2 * block)",
+                "    rows, T_k = min(block, n_q - start), max(0, above - below)",
+                "    T_q = groups * rows",
+            ]
+            if loop.axis.letter == "j":
+                near = [
+                    "for start in range(0, n_k, block):",
+                    "    below, above = max(0, start - block), min(n_q, start + 2 * block)",
+                    "    rows, T_k = max(0, above - below), min(block, n_k - start)",
+                    "    T_q = groups * rows",
+                ]
+            return near
         if loop.axis.letter == "i":
             return [
                 "for start in range(0, n_q, block):",
@@ -128,7 +151,14 @@ class Writer:
         state, made = self.states[state_key(n)], product(n)
         operands = [self._value(a, body) for a in made.operands]
         pair = matrices(operands, state.layout)
-        if pair is None:
+        if self.spec.mask == "band":
+            self.helpers.add("elsewhere")
+            part = Value(f"{state.name}[start // block]", state.layout)
+            if pair is None:
+                body.lines.append(f"{part.name} = {einsum(operands, state.layout)}")
+            else:
+                body.lines.append(f"{group(part, pair[2])}.copy_(torch.bmm({pair[0]}, {pair[1]}))")
+        elif pair is None:
             body.lines.append(f"{state.name} += {einsum(operands, state.layout)}")
         else:
             body.lines.append(f"{group(state, pair[2])}.baddbmm_({pair[0]}, {pair[1]})")
@@ -186,6 +216,8 @@ class Writer:
         """A value without tokens; what is made of a running sum is made in every chunk."""
         if accumulates(n):
             value, weights = self.states[state_key(n)], product(n).scale
+            if self.spec.mask == "band":
+                value = Value(f"far_{value.name}", value.layout)
             return value if weights is None else self._weigh(value, weights.attr, n.scanned, body)
         if n in self._values:
             return self._values[n]
@@ -224,8 +256,9 @@ class Writer:
         if found is not None:
             return self._gradient(n, found, body)
         if n.op == "input":
-            rows = f"{n.attr}[:, :, start : start + block].flatten(1, 2)"
-            code = rows if n.attr in QUERY_SIDE else f"{n.attr}[:, start : start + block]"
+            query = n.attr in QUERY_SIDE
+            tokens = "start : start + block" if body.own in (None, "i" if query else "j") else "below:above"
+            code = f"{n.attr}[:, :, {tokens}].flatten(1, 2)" if query else f"{n.attr}[:, {tokens}]"
             return self._define(n, letters(n), code, body)
         if n.op == "features":
             return self._features(n, body)
@@ -357,12 +390,16 @@ class Writer:
         source = next(a for a in n.args if a.op != "mask")
         if value.layout != TOKENS or set(letters(n)) != set(TOKENS):
             raise ScheduleError(f"the CPU target masks scores only, not {n}")
-        if body.dies(source):
-            body.memory[n] = body.memory.pop(source)
+        if body.dies(source) or (self.spec.mask == "band" and source not in body.memory):
+            if source in body.memory:
+                body.memory[n] = body.memory.pop(source)
             made = value
         else:
             made = self._define(n, value.layout, f"{self._allocate(n, value.layout, body)}.copy_({value.name})", body)
-        body.lines.append(f"{made.name}.unflatten(1, (groups, rows)).tril_()  # keys up to the query's own position")
+        if self.spec.mask != "band":  # of which all near pairs take part
+            body.lines.append(
+                f"{made.name}.unflatten(1, (groups, rows)).tril_()  # keys up to the query's own position"
+            )
         return made
 
     def _contract(self, n: Node, args: list[Value], body: Body) -> Value:

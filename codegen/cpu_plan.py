@@ -110,6 +110,8 @@ class Body:
     outputs: dict[Node, str] = field(default_factory=dict)
     chunked: bool = False
     degree: int = 0
+    own: str | None = None
+    """In a band, the token that the loop walks; of the other one it reads neighbouring chunks as well."""
     tallest: dict[Node, Node] = field(default_factory=dict)
     before: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)

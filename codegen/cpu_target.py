@@ -18,7 +18,20 @@ from polyattn.codegen.tables import Scalars
 from polyattn.errors import ScheduleError
 from polyattn.rewriter import features
 
+MASKS = {
+    "none": "without a mask",
+    "causal": "under a causal mask, in chunks",
+    "band": "with an exact band of neighbouring chunks",
+}
 _HELPERS = {
+    "elsewhere": '''
+def elsewhere(parts):
+    """For each chunk, the sum over all chunks but itself and its neighbours; in place of what each chunk adds."""
+    total, near = parts.sum(0), parts.clone()
+    near[1:] += parts[:-1]
+    near[:-1] += parts[1:]
+    return torch.sub(total, near, out=parts)
+''',
     "products": '''
 def products(d, starts):
     """Per degree ≥ 2 and variable a: its row, the monomials below in variables ≥ a, and x_a times them."""
@@ -87,7 +100,7 @@ def emit(spec: KernelSpec) -> str:
 
 def _header(spec: KernelSpec, writer: Writer) -> str:
     outputs = ", ".join(name for loop in spec.loops for name, _ in loop.stores) or "states"
-    mask = "under a causal mask, in chunks" if spec.chunked else "without a mask"
+    mask = MASKS[spec.mask]
     family = f"degree {max(writer.ranks.values())}" if writer.ranks else "skeleton features"
     lines = [f'"""{spec.name} of low-rank attention, {family}, {mask}: {outputs}.', ""]
     lines += [
@@ -101,6 +114,8 @@ def _header(spec: KernelSpec, writer: Writer) -> str:
         walked = "chunks, last to first" if loop.descending else "chunks" if loop.axis is None else "blocks of "
         walked += {"i": "queries", "j": "keys"}[loop.axis.letter] if loop.axis is not None else ""
         sums = list(dict.fromkeys(writer.states[state_key(n)].name for n in loop.accumulate))
+        if spec.mask == "band":
+            walked = walked.replace("blocks", "chunks")
         made = [f"adds to {', '.join(sums)}"] * bool(sums)
         made += [f"writes {', '.join(name for name, _ in loop.stores)}"] * bool(loop.stores)
         lines.append(f"- over {walked}: {' and '.join(made)}")
@@ -130,8 +145,13 @@ def _run(spec: KernelSpec, writer: Writer) -> str:
     lines += [f"{name} = ranks[{degree}]" for name, degree in sorted(writer.ranks.items())]
     lines += [f'{name} = scalars["{name}"]' for name in sorted(writer.symbols)]
     lines += [f'{name} = weights["{name}"]' for name in writer.weights.values()]
-    lines += ["T_q, T_k = groups * min(block, n_q), min(block, n_k)", "T = max(T_q, T_k)", "views = {}"]
-    lines += [f"{v.name} = Q.new_zeros({_sizes(v.layout)})" for v in writer.states.values()]
+    band = spec.mask == "band"
+    most = "3 * block" if band else "block"
+    lines += [f"T_q, T_k = groups * min({most}, n_q), min({most}, n_k)", "T = max(T_q, T_k)", "views = {}"]
+    if band:
+        lines.append("chunks = (max(n_q, n_k) + block - 1) // block")
+    per = "chunks, " if band else ""
+    lines += [f"{v.name} = Q.new_zeros({per}{_sizes(v.layout)})" for v in writer.states.values()]
     lines += [f"{name} = Q.new_empty({_sizes(layout)})" for name, layout in writer.memory.items()]
     for value, fills in writer.stacks.values():
         lines += [f"{value.name} = Q.new_empty({_sizes(value.layout)})", *fills]

@@ -56,6 +56,10 @@ class Evaluation:
         self.basis, self.block = basis, block
         self.states: dict[Node, torch.Tensor] = {}
         self.outputs: dict[str, torch.Tensor] = {}
+        self.parts: dict[Node, list[torch.Tensor]] = {}
+        self.totals: dict[Node, torch.Tensor] = {}
+        self.own: str | None = None
+        """In a band, the token that a loop walks; of the other one it sees neighbouring chunks as well."""
         sample = next(t for t in inputs.values())
         self.dtype, self.device = sample.dtype, sample.device
 
@@ -75,6 +79,10 @@ class Evaluation:
     def _loop(self, loop: Loop) -> None:
         n = self._tokens(loop.axis.letter) if loop.axis is not None else max(self._tokens("i"), self._tokens("j"))
         starts = range(0, n, self.block)
+        if self.spec.mask == "band" and loop.accumulate:
+            self._parts(loop, starts)
+            return
+        self.own = loop.axis.letter if self.spec.mask == "band" and loop.axis is not None else None
         running: dict[Node, torch.Tensor] = {}
         for start in reversed(starts) if loop.descending else starts:
             tiles: dict[Node, torch.Tensor] = {}
@@ -92,12 +100,33 @@ class Evaluation:
             if not state.scanned:
                 self.states[state] = value
 
+    def _parts(self, loop: Loop, starts: range) -> None:
+        """In a band: what each chunk adds to a state, of which :meth:`_elsewhere` adds up those of far chunks."""
+        self.own = None
+        for start in starts:
+            tiles: dict[Node, torch.Tensor] = {}
+            for tile in loop.tiles:
+                tiles[tile] = self._tile(tile, tiles, {}, start)
+            for state in loop.accumulate:
+                values = [self._value(a, tiles, {}, start) for a in state.args]
+                self.parts.setdefault(state, []).append(self._contract(state, values))
+
+    def _elsewhere(self, state: Node, start: int) -> torch.Tensor:
+        """The sum over all chunks but the one at ``start`` and its neighbours."""
+        if state not in self.totals:
+            self.totals[state] = torch.stack(self.parts[state]).sum(0)
+        at = start // self.block
+        near = self.parts[state][max(0, at - 1) : at + 2]
+        return self.totals[state] - torch.stack(near).sum(0) if near else self.totals[state]
+
     def _value(
         self, n: Node, tiles: dict[Node, torch.Tensor], running: dict[Node, torch.Tensor], start: int
     ) -> torch.Tensor:
         if n in tiles:
             return tiles[n]
         if accumulates(n) and n.scanned:
+            if self.spec.mask == "band":
+                return self._elsewhere(n, start)
             if n in running:
                 return running[n]
             # Nothing lies before the first chunk: a running sum starts at zero.
@@ -132,10 +161,17 @@ class Evaluation:
 
     def _rows(self, name: str, start: int) -> torch.Tensor:
         x = self.inputs[name]
+        rows = self._slice("i" if name in QUERY_SIDE else "j", start)
         if name in QUERY_SIDE:
-            part = x[:, :, start : start + self.block]
+            part = x[:, :, rows]
             return part.reshape(x.shape[0], part.shape[1] * part.shape[2], *x.shape[3:])
-        return x[:, start : start + self.block]
+        return x[:, rows]
+
+    def _slice(self, letter: str, start: int) -> slice:
+        """The tokens of a loop's step."""
+        if self.own in (None, letter):
+            return slice(start, start + self.block)
+        return slice(max(0, start - self.block), start + 2 * self.block)
 
     def _store(self, name: str, value: torch.Tensor, start: int) -> None:
         query = name in QUERY_SIDE
@@ -159,6 +195,9 @@ class Evaluation:
             return self._constant(n)
         if n.op == "mask":
             groups = self.inputs["Q"].shape[1]
+            if self.spec.mask == "band":
+                sizes = [len(range(self._tokens(x))[self._slice(x, start)]) for x in "ij"]
+                return torch.ones(groups * sizes[0], sizes[1], dtype=self.dtype, device=self.device)
             rows = max(0, min(self.block, self.inputs["Q"].shape[2] - start))
             columns = max(0, min(self.block, self.inputs["K"].shape[1] - start))
             i = torch.arange(rows, device=self.device).repeat(groups)

@@ -2,6 +2,7 @@
 
 Without a mask every sum over tokens is a state that is complete when its loop ends, so that loops form stages.  Under
 a causal mask chunks are walked in order (running sums before a query's chunk) or in reverse (after a key's chunk).
+In a band a first loop leaves the sum of every chunk, and a second one takes those of the chunks that are not near.
 Tiles are computed again in every loop that needs them; nothing with a feature axis ever leaves a loop.
 """
 
@@ -38,16 +39,16 @@ def accumulates(n: Node) -> bool:
     return n.op == "contract" and (n.scanned or n.tokens == 0) and any(a.tokens for a in n.args)
 
 
-def schedule(name: str, outputs: Mapping[str, Node], chunked: bool) -> KernelSpec:
-    """Lay outputs (token-level nodes, or states to be returned) out as loops.
+def schedule(name: str, outputs: Mapping[str, Node], mask: str = "none") -> KernelSpec:
+    """Lay outputs (token-level nodes, or states to be returned) out as loops; ``mask`` as in :class:`KernelSpec`.
 
     Raises:
         ScheduleError: a tile with two token axes outside of a chunk, or a result that needs sums of both directions.
     """
-    loops = _chunk_loops(outputs) if chunked else _stage_loops(outputs)
+    loops = {"none": _stage_loops, "causal": _chunk_loops, "band": _band_loops}[mask](outputs)
     inputs = sorted({str(n.attr) for n in walk(outputs.values()) if n.op == "input"})
     states = tuple((key, n) for key, n in outputs.items() if n.tokens == 0)
-    return KernelSpec(name, tuple(loops), states, tuple(inputs), chunked)
+    return KernelSpec(name, tuple(loops), states, tuple(inputs), mask)
 
 
 def _tiles(roots: Iterable[Node]) -> tuple[Node, ...]:
@@ -103,4 +104,23 @@ def _chunk_loops(outputs: Mapping[str, Node]) -> list[Loop]:
         sums = tuple(m for m in walk(wanted.values()) if accumulates(m))
         roots = [a for m in sums for a in m.args] + list(wanted.values())
         loops.append(Loop(None, descending, _tiles(roots), sums, tuple(wanted.items())))
+    return loops
+
+
+def _band_loops(outputs: Mapping[str, Node]) -> list[Loop]:
+    sums: dict[Kind, list[Node]] = {}
+    for n in walk(outputs.values()):
+        if accumulates(n):
+            axis = next(kind for a in n.args for kind in a.axes if kind.token)
+            sums.setdefault(axis, []).append(n)
+    loops = []
+    for axis, found in sorted(sums.items(), key=lambda item: item[0].letter):
+        loops.append(Loop(axis, False, _tiles(a for n in found for a in n.args), tuple(found), ()))
+    stores: dict[Kind, dict[str, Node]] = {}
+    for name, n in outputs.items():
+        if n.tokens != 1:
+            raise ScheduleError(f"{name} is no value of a token, which a band has no loop for")
+        stores.setdefault(next(kind for kind in n.axes if kind.token), {})[name] = n
+    for axis, wanted in sorted(stores.items(), key=lambda item: item[0].letter):
+        loops.append(Loop(axis, False, _tiles(wanted.values()), (), tuple(wanted.items())))
     return loops

@@ -22,6 +22,8 @@ TOKENS, FEATURES, WIDTHS = ("i", "j"), tuple(RANK_LETTERS), ("a", "b", "b̂")
 """Letters of the axes that the targets know: tokens, features by degree from the top, head and value."""
 MARKS = (OF_KEYS.letter, OF_QUERIES.letter)
 """Landmarks, the axes of skeleton features."""
+NEAR = {"none": 0, "causal": 1, "band": 3}
+"""In how many chunks the partners of a token lie that it meets one by one."""
 
 
 def letters(n: Node) -> tuple[str, ...]:
@@ -42,7 +44,9 @@ class Loop:
 
     ``axis`` is the token kind that is walked in blocks; None walks chunks of both tokens together (causal), upwards
     or, with ``descending``, downwards.  ``tiles`` are in order of computation.  ``accumulate`` are states summed over
-    the loop; in a chunked loop a tile that uses one of them sees its value *before* the present chunk.
+    the loop; in a causal loop a tile that uses one of them sees its value *before* the present chunk.  In a band, a
+    loop over chunks of one token sees of the other the same chunk and its neighbours, and of a state the sum over all
+    other chunks.
     """
 
     axis: Kind | None
@@ -61,11 +65,18 @@ class KernelSpec:
     states: tuple[tuple[str, Node], ...]
     """States that are read (saved by an earlier kernel) or returned, by name."""
     inputs: tuple[str, ...]
-    chunked: bool
+    mask: str = "none"
+    """How pairs of tokens are treated: ``none`` has none, ``causal``, or ``band``, where near ones are exact."""
+
+    @property
+    def chunked(self) -> bool:
+        """Whether loops walk chunks, inside of which there are pairs of tokens."""
+        return self.mask != "none"
 
     def cost(self) -> sympy.Expr:
         """FLOPs per head of all loops, as a polynomial in n, d, e, r, r' and C."""
-        work = (flops(n, self.chunked) for loop in self.loops for n in (*loop.tiles, *loop.accumulate))
+        near = NEAR[self.mask]
+        work = (flops(n, near) for loop in self.loops for n in (*loop.tiles, *loop.accumulate))
         return sympy.expand(sum(work, sympy.Integer(0)))
 
     def __str__(self) -> str:

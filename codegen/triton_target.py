@@ -45,6 +45,8 @@ def emit(spec: KernelSpec) -> Emitted:
     """
     if any(kind.letter in MARKS for loop in spec.loops for n in (*loop.tiles, *loop.accumulate) for kind in n.axes):
         raise ScheduleError("skeleton features have no Triton code yet")
+    if spec.mask == "band":
+        raise ScheduleError("an exact band without a mask has no Triton code yet")
     writer = Writer(spec)
     writer.write()
     for name, n in spec.states:

@@ -95,7 +95,8 @@ def derive(form_name: str, degree: int | None, gradient: str) -> tuple[Step, ...
         exact(form_name, substituted),
     )
     if masked:
-        p = note("split", "M = M_near + M_far: j in the chunk of i, j in an earlier chunk (§6)", rules.split_causal(p))
+        causal = any(isinstance(t, Mask) and t.which == "causal" for t in form.inputs)
+        p = note("split", SPLIT[causal], rules.split(p))
     p = note(
         "approximate",
         f"{approximation.text}; the one step that is no identity (§4)",
@@ -113,6 +114,10 @@ def derive(form_name: str, degree: int | None, gradient: str) -> tuple[Step, ...
     return tuple(steps)
 
 
+SPLIT = {
+    True: "M = M_near + M_far: j in the chunk of i, j in an earlier chunk (§6)",
+    False: "M = M_near + M_far: j in the chunk of i or next to it, j elsewhere (§3, exact near field)",
+}
 ABSORB = "diag(z) (U + W) = diag(z) U + diag(z) W, where nothing else reads U + W"
 
 

@@ -38,7 +38,7 @@ class Form:
 Q, K, V = Leaf("Q", (QUERY, HEAD)), Leaf("K", (KEY, HEAD)), Leaf("V", (KEY, VALUE))
 B = Leaf("B", (KEY,))
 """A positive weight of each key: a factor of its column of the exponentials (math.md §3)."""
-CAUSAL = Mask("causal", (QUERY, KEY))
+CAUSAL, BAND = Mask("causal", (QUERY, KEY)), Mask("all", (QUERY, KEY))
 X, W, W_V = Leaf("X", (TOKEN, HEAD)), Leaf("W", (HEAD, HEAD)), Leaf("W_V", (HEAD, VALUE))
 
 
@@ -66,9 +66,9 @@ def _square(x: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return (1 + x["Q"] @ x["K"].t()).pow(2) @ x["V"]
 
 
-def softmax_form(causal: bool, weighted: bool = False) -> str:
-    """The name of softmax attention's form with or without a causal mask, and weights of the keys."""
-    return ("causal_" if causal else "") + ("weighted_" if weighted else "") + "softmax"
+def softmax_form(causal: bool, weighted: bool = False, band: bool = False) -> str:
+    """The name of softmax attention's form: with a causal mask or a band of near pairs, and weights of the keys."""
+    return ("causal_" if causal else "band_" if band else "") + ("weighted_" if weighted else "") + "softmax"
 
 
 _OUT = (QUERY, VALUE)
@@ -85,6 +85,15 @@ FORMS: Mapping[str, Form] = {
             _OUT,
             _softmax,
             "softmax(s Q Kᵀ + 1 (log B)ᵀ, causal) V",
+        ),
+        Form("band_softmax", (Q, K, V, BAND), ("s",), _OUT, _softmax, "softmax(s Q Kᵀ) V, near pairs apart"),
+        Form(
+            "band_weighted_softmax",
+            (Q, K, V, B, BAND),
+            ("s",),
+            _OUT,
+            _softmax,
+            "softmax(s Q Kᵀ + 1 (log B)ᵀ) V, near pairs apart",
         ),
         Form("paper", (X, W, W_V), (), (TOKEN, VALUE), _paper, "softmax(X W Xᵀ) X W_V"),
         Form("exponential", (Q, K, V), (), _OUT, _exponential, "exp(Q Kᵀ) V"),

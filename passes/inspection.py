@@ -66,13 +66,20 @@ def _gradients(outputs: Mapping[str, object]) -> list[str]:
 
 
 def derivation(
-    *, causal: bool, degree: int | None, gradient: str, shape: Mapping[str, int] | None = None, weighted: bool = False
+    *,
+    causal: bool,
+    degree: int | None,
+    gradient: str,
+    shape: Mapping[str, int] | None = None,
+    weighted: bool = False,
+    band: bool = False,
 ) -> Derivation:
     """The derivation of softmax attention; ``str`` of it is the readable log, with numbers if a shape is given.
 
-    ``weighted``: with weights of the keys, as shifted queries leave them (codegen/shift.py).
+    ``weighted``: with weights of the keys, as shifted queries leave them (codegen/shift.py); ``band``: without a mask,
+    with an exact near field.
     """
-    return derivation_of(softmax_form(causal, weighted), degree, gradient, shape)
+    return derivation_of(softmax_form(causal, weighted, band), degree, gradient, shape)
 
 
 def derivation_of(form: str, degree: int | None, gradient: str, shape: Mapping[str, int] | None = None) -> Derivation:
@@ -80,9 +87,11 @@ def derivation_of(form: str, degree: int | None, gradient: str, shape: Mapping[s
     return Derivation(derive(form, degree, gradient), form, degree, gradient, shape)
 
 
-def sources(*, causal: bool, degree: int | None, gradient: str, weighted: bool = False) -> dict[str, str]:
+def sources(
+    *, causal: bool, degree: int | None, gradient: str, weighted: bool = False, band: bool = False
+) -> dict[str, str]:
     """Texts by name: ``forward.specification``, ``forward.cpu``, ``forward.triton``, and the same of ``backward``."""
-    made = kernels(causal, degree, gradient, weighted)
+    made = kernels(causal, degree, gradient, weighted, band)
     specs = {"forward": made.forward, "backward": made.backward(("dQ", "dK", "dV"))}
     return {f"{name}.{kind}": text for name, spec in specs.items() for kind, text in target.sources(spec).items()}
 
@@ -96,6 +105,7 @@ def graphs(
     scale: float,
     chunk: int | None,
     shift: str = "none",
+    band: bool = False,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Runnable aten graphs of the rewritten forward (Q, K, V → O, D) and backward (… G, O, D → dQ, dK, dV).
 
@@ -104,7 +114,7 @@ def graphs(
     """
     from functorch import make_fx
 
-    made = kernels(causal, degree, gradient, shift != "none")
+    made = kernels(causal, degree, gradient, shift != "none", band)
     d, e = shape["d"], shape["e"]
     heads, groups = shape["batch"] * shape["kv_heads"], shape["heads"] // shape["kv_heads"]
     scalars = {"s": scale, **Approximation(degree).values}

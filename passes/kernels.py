@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import sympy
 
 from polyattn.codegen.schedule import schedule, substitute
-from polyattn.codegen.spec import KernelSpec
+from polyattn.codegen.spec import NEAR, KernelSpec
 from polyattn.errors import ScheduleError
 from polyattn.passes.derive import derive, exact
 from polyattn.passes.forms import softmax_form
@@ -29,6 +29,7 @@ class Kernels:
     plan: Plan
     forward: KernelSpec
     saved: tuple[tuple[Node, Node], ...]
+    mask: str
     backwards: dict[tuple[str, ...], KernelSpec] = field(default_factory=dict, repr=False, compare=False)
     """Those that have been asked for."""
 
@@ -38,7 +39,7 @@ class Kernels:
         if names not in self.backwards:
             known = dict(self.saved)
             outputs = {name: substitute(self.plan.outputs[name], known) for name in names}
-            self.backwards[names] = schedule("backward", outputs, self.plan.near)
+            self.backwards[names] = schedule("backward", outputs, self.mask)
         return self.backwards[names]
 
     def cost(self) -> sympy.Expr:
@@ -78,13 +79,15 @@ def exact_cost(form: str) -> sympy.Expr:
 
 
 @functools.cache
-def kernels(causal: bool, degree: int | None, gradient: str, weighted: bool = False) -> Kernels:
-    """The kernels of softmax attention, derived once per (causal, degree, gradient, weights of the keys).
+def kernels(causal: bool, degree: int | None, gradient: str, weighted: bool = False, band: bool = False) -> Kernels:
+    """The kernels of softmax attention, derived once per (causal, degree, gradient, weights of the keys, band).
 
-    ``degree`` None: skeleton features.
+    ``degree`` None: skeleton features. ``band``: without a mask, keys in a query's chunk and next to it stay exact.
     """
-    made = plan(derive(softmax_form(causal, weighted), degree, gradient)[-1].program)
+    mask = "causal" if causal else "band" if band else "none"
+    made = plan(derive(softmax_form(causal, weighted, band), degree, gradient)[-1].program)
+    made = replace(made, near=NEAR[mask])
     known = saved_by_forward(made)
     denominator = next(n for n, read in known.items() if read.attr == "D")
     outputs = {"O": made.outputs["O"], "D": denominator}
-    return Kernels(made, schedule("forward", outputs, made.near), tuple(known.items()))
+    return Kernels(made, schedule("forward", outputs, mask), tuple(known.items()), mask)

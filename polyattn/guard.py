@@ -23,8 +23,8 @@ from polyattn.options import Options
 from polyattn.passes.forms import softmax_form
 from polyattn.passes.kernels import exact_cost, kernels
 from polyattn.recompute import Calls, inside_backward
+from polyattn.rewriter import features
 from polyattn.rewriter.expr import CHUNK, N_K, N_Q, R1, D, E, R
-from polyattn.rewriter.features import rank_formula
 from polyattn.rewriter.skeleton import M
 
 
@@ -51,6 +51,10 @@ class SiteState:
     gradient: str
     shift: str
     """Which tokens the means are taken of that queries and keys are shifted by: ``none``, ``call``, ``first_chunk``."""
+    polynomial: str
+    """How the coefficients of a polynomial are found (``Options.polynomial``)."""
+    band: bool
+    """Whether, without a mask, keys of neighbouring chunks are exact."""
     shape: dict[str, int]
     flops_before: int
     flops_after: int
@@ -69,8 +73,12 @@ class SiteState:
     audited_call: int = 0
     """Number of the last audited call, from 1; 0 before the first audit."""
     exact_rows: int = 0
-    landmarks: torch.Tensor | None = field(default=None, repr=False, compare=False)
-    """Of skeleton features, as :class:`polyattn.lowrank_op.Setting` has them; fitted at the first low-rank call."""
+    fitted: torch.Tensor | None = field(default=None, repr=False, compare=False)
+    """What was fitted at the first low-rank call, as :class:`polyattn.lowrank_op.Setting` has it."""
+    widths: tuple[int, ...] = ()
+    """Of a nested polynomial; nothing for the full form."""
+    fit_error: tuple[float, ...] = ()
+    """Of each key head, the mean error of softmax rows that the fit did not see, Σ_j |P̃_ij − P_ij|."""
     warned: bool = False
     recent: Calls = field(default_factory=Calls, repr=False, compare=False)
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
@@ -128,6 +136,7 @@ class SiteState:
             self.flops_after, self.flops_after_symbolic = self.flops_before, self.flops_before_symbolic
             self.degree = self.rank = self.chunk = None
             self.shift = self.features = "none"
+            self.band = False
 
 
 def seed(options: Options, site: str, what: object) -> int:
@@ -177,16 +186,14 @@ def reset() -> None:
 
 @functools.cache
 def symbolic_costs(
-    causal: bool, degree: int | None, gradient: str, weighted: bool = False
+    causal: bool, degree: int | None, gradient: str, weighted: bool = False, band: bool = False
 ) -> tuple[sympy.Expr, sympy.Expr]:
-    """FLOPs per head, forward and backward, of exact attention and of the low-rank plan (r, r' as polynomials of d)."""
+    """FLOPs per head, forward and backward, of exact attention and of the low-rank plan, in r and r'."""
     dense = exact_cost(softmax_form(causal))
     if causal:
         # Half of the pairs of tokens are masked; terms without a pair are lower order.
         dense = dense / 2
-    cheap = kernels(causal, degree, gradient, weighted).cost()
-    features = {} if degree is None else {R: rank_formula(degree), R1: rank_formula(degree - 1)}
-    return sympy.expand(dense), sympy.expand(cheap.subs(features))
+    return sympy.expand(dense), kernels(causal, degree, gradient, weighted, band).cost()
 
 
 def costs(
@@ -196,24 +203,35 @@ def costs(
     gradient: str,
     chunk: int,
     weighted: bool = False,
-    landmarks: int = 0,
+    rank: int | None = None,
+    band: bool = False,
 ) -> tuple[int, int]:
-    """The same as numbers, for all heads; grouped queries count as further rows of a key head."""
+    """The same as numbers, for all heads; grouped queries count as further rows of a key head.
+
+    ``rank``: features at most; None: all monomials.
+    """
     groups = shape["heads"] // shape["kv_heads"]
-    values = {N_Q: shape["n_q"] * groups, N_K: shape["n_k"], D: shape["d"], E: shape["e"], CHUNK: chunk, M: landmarks}
+    values = {N_Q: shape["n_q"] * groups, N_K: shape["n_k"], D: shape["d"], E: shape["e"], CHUNK: chunk}
+    if degree is None:
+        values[M] = rank or 0
+    else:
+        full = [features.rank(features.full(shape["d"], g)) for g in (degree, degree - 1)]
+        values |= dict(zip((R, R1), (min(r, rank or r) for r in full), strict=True))
     heads = shape["batch"] * shape["kv_heads"]
-    before, after = symbolic_costs(causal, degree, gradient, weighted)
+    before, after = symbolic_costs(causal, degree, gradient, weighted, band)
     return int(before.subs(values)) * heads, int(after.subs(values)) * heads
 
 
-def chunk_length(options: Options, d: int, device: str) -> int:
-    """Tokens per chunk under a causal mask.
+def chunk_length(options: Options, d: int, device: str, causal: bool = True) -> int:
+    """Tokens per chunk: of the near field without a mask, else under a causal mask.
 
     The near field costs 4 C d per token, the far field does not depend on C: short chunks need fewer FLOPs, long ones
     make larger matrix products. On a CPU a quarter of the rank, from 128 to 256, was fastest for head dims 16 to 64
     (docs/performance.md); on a GPU, where every chunk leaves a state in memory, about the rank (math.md §6). With
     skeleton features a state meets the core in every chunk, 2 m² (e + 1): half of the rank to all of it.
     """
+    if not causal and options.near_field is not None:
+        return options.near_field
     if options.causal_chunk is not None:
         return options.causal_chunk
     below = 1 << (options.resolved_rank(d) - 1).bit_length() >> 1
@@ -225,10 +243,11 @@ def chunk_length(options: Options, d: int, device: str) -> int:
 def decide(shape: dict[str, int], causal: bool, options: Options, device: str) -> SiteState:
     """The verdict by policy and cost; the audit comes after the first low-rank forward."""
     degree, gradient = options.resolved_degree, options.resolved_gradient
-    chunk, rank = chunk_length(options, shape["d"], device), options.resolved_rank(shape["d"])
+    chunk, rank = chunk_length(options, shape["d"], device, causal), options.resolved_rank(shape["d"])
     moved = options.resolved_shift(causal)
-    before, after = costs(shape, causal, degree, gradient, chunk, moved != "none", rank)
-    symbolic = symbolic_costs(causal, degree, gradient, moved != "none")
+    band = options.band(causal)
+    before, after = costs(shape, causal, degree, gradient, chunk, moved != "none", rank, band)
+    symbolic = symbolic_costs(causal, degree, gradient, moved != "none", band)
     verdict: Literal["low_rank", "exact"] = "low_rank"
     if options.policy == "exact":
         verdict, reason = "exact", "policy='exact'"
@@ -247,9 +266,11 @@ def decide(shape: dict[str, int], causal: bool, options: Options, device: str) -
         degree=degree if low else None,
         rank=rank if low else None,
         features=("skeleton" if degree is None else "polynomial") if low else "none",
-        chunk=chunk if low and causal else None,
+        chunk=chunk if low and (causal or band) else None,
         gradient=gradient,
         shift=moved if low else "none",
+        polynomial=options.polynomial,
+        band=band and low,
         shape=shape,
         flops_before=before,
         flops_after=after if low else before,

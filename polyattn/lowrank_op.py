@@ -14,17 +14,22 @@ import torch
 from polyattn.codegen import exact as dense
 from polyattn.codegen import target
 from polyattn.codegen.evaluate import block_length
-from polyattn.codegen.shift import Moved, Turn, move
+from polyattn.codegen.shift import STATISTICS, Moved, Turn, move
 from polyattn.codegen.spec import KernelSpec
 from polyattn.codegen.tables import Scalars
 from polyattn.passes.derive import exact
 from polyattn.passes.forms import softmax_form
-from polyattn.passes.kernels import kernels
+from polyattn.passes.kernels import Kernels, kernels
 from polyattn.rewriter import features
 from polyattn.rewriter.lowrank import Approximation
 
 Grouped = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Queries [batch · kv_heads, groups, n_q, d], keys [batch · kv_heads, n_k, d], values [batch · kv_heads, n_k, e]."""
+
+
+GRADIENTS = ("consistent", "substituted")
+NUMBERS = 9
+"""Of a setting, as its backward gets them: five, and the widths of up to four degrees."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class Setting:
     shift: str = "none"
     """Which tokens the means are taken of that queries and keys are shifted by (codegen/shift.py)."""
 
+    band: bool = False
+    """Without a mask: whether keys in a query's chunk and next to it stay exact."""
     widths: tuple[int, ...] = ()
     """Of a nested polynomial (features.Basis); nothing for the full form."""
     fitted: torch.Tensor | None = None
@@ -47,9 +54,41 @@ class Setting:
     core, side by side; of a polynomial [kv_heads, 2 d + 1, d or degree + 1]: the matrices that queries and keys are
     multiplied by, and the coefficients, one above the other; None for Taylor's polynomial."""
 
+    def numbers(self) -> torch.Tensor:
+        """What a backward must know of its forward beside scale and mask."""
+        made = [
+            self.degree or 0,
+            GRADIENTS.index(self.gradient),
+            self.chunk,
+            STATISTICS.index(self.shift),
+            int(self.band),
+            *self.widths,
+        ]
+        return torch.tensor(made + [0] * (NUMBERS - len(made)))
+
+    @classmethod
+    def of(cls, numbers: torch.Tensor, scale: float, causal: bool, fitted: torch.Tensor) -> Setting:
+        """The inverse of :meth:`numbers`; ``fitted`` has no elements where nothing is."""
+        degree, gradient, chunk, shift, band, *widths = numbers.tolist()
+        return cls(
+            scale,
+            causal,
+            degree or None,
+            GRADIENTS[gradient],
+            chunk,
+            STATISTICS[shift],
+            bool(band),
+            tuple(w for w in widths[:degree] if widths[0]),
+            fitted if fitted.numel() else None,
+        )
+
     @property
     def weighted(self) -> bool:
         return self.shift != "none"
+
+    @property
+    def kernels(self) -> Kernels:
+        return kernels(self.causal, self.degree, self.gradient, self.weighted, self.band)
 
     def basis(self, d: int) -> features.Basis:
         """The monomials that the features are; none but the constant one with skeleton features."""
@@ -114,7 +153,7 @@ def grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Grouped:
 
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, setting: Setting) -> Forward:
     """Low-rank attention of grouped tensors."""
-    made = kernels(setting.causal, setting.degree, setting.gradient, setting.weighted)
+    made = setting.kernels
     inputs = {"V": v, **setting.moved(q, k).inputs, **setting.skeleton(len(k), q)}
     result = _run(made.forward, inputs, setting)
     out, denominators = result["O"], result["D"]
@@ -153,7 +192,7 @@ def backward(
     low_q, low_g, low_o = (x.masked_fill(bad.unsqueeze(-1), 0.0) if some else x for x in (moved.q, gs, outs))
     low_d = stats.masked_fill(bad, 1.0) if some else stats
     wanted = tuple(name for name, need in zip(("dQ", "dK", "dV"), needs, strict=True) if need)
-    made = kernels(setting.causal, setting.degree, setting.gradient, setting.weighted)
+    made = setting.kernels
     inputs = {"V": vs, **moved.inputs, **setting.skeleton(len(ks), qs)}
     inputs.update(Q=low_q, G=low_g, O=low_o, D=low_d)
     names = (*wanted, "dB") if "dK" in wanted and moved.weights is not None else wanted
@@ -199,7 +238,7 @@ def _run(spec: KernelSpec, inputs: Mapping[str, torch.Tensor], setting: Setting)
     heads, groups, _, d = inputs["Q"].shape
     basis = setting.basis(d)
     r = inputs["Z"].shape[-1] if setting.degree is None else features.rank(basis)
-    block = setting.chunk if setting.causal else block_length(r, groups)
+    block = setting.chunk if setting.causal or setting.band else block_length(r, groups)
     step = min(heads, target.heads_at_once(inputs["Q"].device, groups, block * r))
     scalars: Scalars = {"s": setting.scale, **setting.coefficients(heads, inputs["Q"])}
     parts = []

@@ -11,16 +11,14 @@ import hashlib
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from polyattn import guard, keymask, landmarks, lowrank_op
+from polyattn import fitting, guard, keymask, lowrank_op
 from polyattn.audit import audit
 from polyattn.codegen import exact as dense
-from polyattn.codegen.shift import STATISTICS
 from polyattn.errors import DeviceError, DoubleBackwardError, DtypeError, ShapeError
 from polyattn.guard import SiteState, Ticket
 from polyattn.options import Options
@@ -78,16 +76,8 @@ def _options(key: str) -> Options:
     return Options.from_key(key)
 
 
-def _landmarks_shape(options: Options, k: torch.Tensor) -> tuple[int, ...]:
-    """Of the third result: what a backward must have of fitted features; nothing for polynomials."""
-    if options.resolved_degree is not None or options.policy == "exact":
-        return (0,)
-    m = options.resolved_rank(k.shape[-1])
-    return (k.shape[1], m, 2 * k.shape[-1] + m)
-
-
-def _no_landmarks(options: Options, k: torch.Tensor) -> torch.Tensor:
-    return k.new_zeros(_landmarks_shape(options, k), dtype=lowrank_op.accumulator(k.dtype))
+def _nothing_fitted(options: Options, k: torch.Tensor) -> torch.Tensor:
+    return k.new_zeros(fitting.shape(options, k), dtype=lowrank_op.accumulator(k.dtype))
 
 
 @torch.library.custom_op(
@@ -110,30 +100,40 @@ def _attention(
     opts = _options(options)
     accumulator = lowrank_op.accumulator(q.dtype)
     fitted: torch.Tensor | None = None
-    chunk = guard.chunk_length(opts, q.shape[-1], q.device.type)
-    moved = opts.resolved_shift(causal)
-    substituted = int(opts.resolved_gradient == "substituted")
-    plan = torch.tensor([0, opts.resolved_degree or 0, substituted, chunk, STATISTICS.index(moved)])
+    chunk = guard.chunk_length(opts, q.shape[-1], q.device.type, causal)
+    setting = lowrank_op.Setting(
+        scale,
+        causal,
+        opts.resolved_degree,
+        opts.resolved_gradient,
+        chunk,
+        opts.resolved_shift(causal),
+        opts.band(causal),
+    )
     if q.numel() == 0 or k.numel() == 0:  # nothing to decide, and nothing that torch's kernel survives
         out, stat = dense.empty_tokens_first(q, v.shape[-1]).zero_(), q.new_zeros(q.shape[:-1], dtype=accumulator)
-        return out, stat, _no_landmarks(opts, k), plan
+        return out, stat, _nothing_fitted(opts, k), _plan(False, setting)
     where = guard.key(site, owners, options, causal, scale, q.shape[-1], v.shape[-1])
     state = guard.find(where) or guard.keep(where, guard.decide(_shape(q, k, v), causal, opts, q.device.type))
     ticket = state.enter(opts, q, k, v)
-    setting = lowrank_op.Setting(scale, causal, opts.resolved_degree, opts.resolved_gradient, chunk, moved)
     with torch.autocast(q.device.type, enabled=False):
-        if ticket.low_rank and setting.degree is None:
-            made_of = landmarks.of(site, state, (q, k, v), setting, opts)
-            setting, fitted = replace(setting, fitted=made_of), made_of.clone()
+        if ticket.low_rank and opts.fits:
+            setting = fitting.fitted(site, state, (q, k, v), setting, opts)
+            fitted = None if setting.fitted is None else setting.fitted.clone()
         made = _low_rank(site, state, ticket, (q, k, v), setting, opts) if ticket.low_rank else None
         state.leave(ticket, made is not None, q, k, v)
-        plan[0] = int(made is not None)
-        fitted = _no_landmarks(opts, k) if fitted is None else fitted
+        plan = _plan(made is not None, setting)
+        fitted = _nothing_fitted(opts, k) if fitted is None else fitted
         if made is None:
             out, lse = dense.forward(q, k, v, scale, causal)
             return dense.tokens_first(out), lse.to(accumulator), fitted, plan
         out = dense.tokens_first(made.out.reshape(*q.shape[:-1], v.shape[-1]).to(q.dtype))
         return out, made.denominators.reshape(q.shape[:-1]), fitted, plan
+
+
+def _plan(low_rank: bool, setting: lowrank_op.Setting) -> torch.Tensor:
+    """What a call did, for its backward: whether it was low rank, and the numbers of its setting."""
+    return torch.cat([torch.tensor([int(low_rank)]), setting.numbers()])
 
 
 def _low_rank(
@@ -161,8 +161,8 @@ def _(q: Any, k: Any, v: Any, owners: Any, scale: Any, causal: Any, site: Any, o
     accumulator = lowrank_op.accumulator(q.dtype)
     out = dense.empty_tokens_first(q, v.shape[-1])
     stat = q.new_empty(q.shape[:-1], dtype=accumulator)
-    fitted = q.new_empty(_landmarks_shape(_options(options), k), dtype=accumulator)
-    return out, stat, fitted, torch.empty(5, dtype=torch.int64, device="cpu")
+    fitted = q.new_empty(fitting.shape(_options(options), k), dtype=accumulator)
+    return out, stat, fitted, torch.empty(1 + lowrank_op.NUMBERS, dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op(
@@ -186,17 +186,12 @@ def _attention_backward(
     version: str,
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    low, degree, substituted, chunk, moved = plan.tolist()
     with torch.autocast(q.device.type, enabled=False):
         made: tuple[torch.Tensor | None, ...]
         if q.numel() == 0 or k.numel() == 0:
             made = (torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
-        elif low:
-            gradient = "substituted" if substituted else "consistent"
-            marks = None if degree else fitted
-            setting = lowrank_op.Setting(
-                scale, causal, degree or None, gradient, chunk, STATISTICS[moved], fitted=marks
-            )
+        elif int(plan[0]):
+            setting = lowrank_op.Setting.of(plan[1:], scale, causal, fitted)
             made = lowrank_op.backward(g, q, k, v, out, stat, setting, needs)
         else:
             program = exact(softmax_form(causal))

@@ -15,6 +15,7 @@ Policy = Literal["auto", "low_rank", "exact"]
 Features = Literal["auto", "polynomial", "skeleton"]
 Gradient = Literal["auto", "consistent", "substituted"]
 Inner = Literal["inductor", "eager"]
+Polynomial = Literal["taylor", "minimax", "least_squares"]
 CausalStats = Literal["call", "first_chunk"]
 
 MAX_DEGREE = 4
@@ -42,8 +43,14 @@ class Options:
     means ``polynomial``."""
     degree: int | None = None
     """Degree of the polynomial in place of exp, 1 to 4; None means 2."""
+    polynomial: Polynomial = "taylor"
+    """Coefficients of the polynomial. ``taylor``: of exp around 0; ``minimax``: of least relative error up to the
+    largest logit that a head shows at its first call, 4 at most; ``least_squares``: fitted to the softmax rows of a
+    head at its first call and kept (math.md §4)."""
     rank: int | None = None
-    """Number of landmarks of skeleton features, 8 to 2048; None means 512. The rank of a polynomial is its own."""
+    """Features of a query or key, at most. Of skeleton features the landmarks, 8 to 2048; None means 512. Of a
+    polynomial: monomials of the higher degrees are taken in the leading directions of a head only, in coordinates that
+    are fitted at its first call (nested form, math.md §3); None: all monomials, C(d + degree, degree)."""
     shift: bool = True
     """Subtract mean query and mean key of a head before exp is approximated: exact by itself, and the logits that are
     left are smaller (math.md §3)."""
@@ -53,6 +60,10 @@ class Options:
     gradient: Gradient = "auto"
     """``consistent``: exact gradient of the function computed; ``substituted``: the low-rank form put into exact
     attention's gradient (the paper); ``auto`` means ``consistent``."""
+    near_field: int | None = None
+    """Without a mask, keys of a query's own chunk and of the two next to it stay exact, chunks of so many tokens: all
+    keys at most that far away. For heads that look at their neighbourhood; None: no key. Under a causal mask the chunk
+    itself is exact (``causal_chunk``)."""
     causal_chunk: int | None = None
     """Tokens per chunk under a causal mask (exact exp inside a chunk); None chooses one near the rank."""
     audit_rows: int = 64
@@ -71,7 +82,13 @@ class Options:
     """Seed of polyattn's own random choices (audit rows); torch's generators are never touched."""
 
     def __post_init__(self) -> None:
-        kinds = (("policy", Policy), ("features", Features), ("gradient", Gradient), ("inner", Inner))
+        kinds = (
+            ("policy", Policy),
+            ("features", Features),
+            ("gradient", Gradient),
+            ("inner", Inner),
+            ("polynomial", Polynomial),
+        )
         for name, kind in (*kinds, ("causal_stats", CausalStats)):
             _check(name, getattr(self, name) in get_args(kind), getattr(self, name), f"one of {get_args(kind)}")
         _check("shift", isinstance(self.shift, bool), self.shift, "True or False")
@@ -88,6 +105,7 @@ class Options:
         rank = self.rank
         if self.features == "skeleton":
             _check("degree", self.degree is None, self.degree, "None: skeleton features have no degree")
+            _check("polynomial", self.polynomial == "taylor", self.polynomial, "left out: skeleton features have none")
             _check(
                 "rank",
                 rank is None or (_is_int(rank) and 8 <= rank <= 2048),
@@ -95,9 +113,11 @@ class Options:
                 "an integer from 8 to 2048, or None",
             )
         else:
-            _check("rank", rank is None, rank, "None: the degree fixes the rank of polynomial features")
+            _check("rank", rank is None or (_is_int(rank) and rank >= 2), rank, "an integer >= 2, or None")
         chunk = self.causal_chunk
         _check("causal_chunk", chunk is None or (_is_int(chunk) and chunk >= 1), chunk, "a positive integer or None")
+        near = self.near_field
+        _check("near_field", near is None or (_is_int(near) and near >= 1), near, "a positive integer or None")
         _check("audit_rows", _is_int(self.audit_rows) and self.audit_rows >= 0, self.audit_rows, "an integer >= 0")
         _check("audit_every", _is_int(self.audit_every) and self.audit_every >= 0, self.audit_every, "an integer >= 0")
         sites = self.expect_sites
@@ -132,7 +152,15 @@ class Options:
     def resolved_rank(self, d: int) -> int:
         """Number of features for a head dim."""
         degree = self.resolved_degree
-        return (self.rank or 512) if degree is None else math.comb(d + degree, degree)
+        if degree is None:
+            return self.rank or 512
+        full = math.comb(d + degree, degree)
+        return full if self.rank is None else min(full, self.rank)
+
+    @property
+    def fits(self) -> bool:
+        """Whether features are fitted to a head at its first low-rank call."""
+        return self.features == "skeleton" or self.polynomial != "taylor" or self.rank is not None
 
     @property
     def resolved_gradient(self) -> Literal["consistent", "substituted"]:
@@ -141,6 +169,10 @@ class Options:
     def resolved_shift(self, causal: bool) -> str:
         """Which tokens the means are taken of that queries and keys are shifted by: one of ``shift.STATISTICS``."""
         return "none" if not self.shift else self.causal_stats if causal else "call"
+
+    def band(self, causal: bool) -> bool:
+        """Whether near keys stay exact without a mask."""
+        return self.near_field is not None and not causal
 
     def key(self) -> str:
         """The fields that change what a site computes, as canonical JSON: the ``options`` argument of the ops."""

@@ -91,7 +91,7 @@ class SiteReport:
 
     @property
     def chunk(self) -> int | None:
-        """Tokens per chunk of a causal low-rank site; None otherwise."""
+        """Tokens per chunk of a causal low-rank site or of one with an exact band; None otherwise."""
         value: int | None = self._of_worst("chunk", None)
         return value
 
@@ -103,6 +103,17 @@ class SiteReport:
     def shift(self) -> str:
         """Which tokens the means are taken of that queries and keys are shifted by; ``none`` where they are not."""
         return str(self._of_worst("shift", "none"))
+
+    @property
+    def band(self) -> bool:
+        """Whether, without a mask, keys of neighbouring chunks are exact."""
+        return bool(self._of_worst("band", False))
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Of a nested polynomial: in how many directions the monomials of each degree are; else empty."""
+        found: tuple[int, ...] = self._of_worst("widths", ())
+        return found
 
     @property
     def tolerance(self) -> float:
@@ -175,7 +186,11 @@ class SiteReport:
 
         return str(
             inspection.derivation(
-                causal=self.causal, degree=self.degree, gradient=self.gradient, weighted=self.shift != "none"
+                causal=self.causal,
+                degree=self.degree,
+                gradient=self.gradient,
+                weighted=self.shift != "none",
+                band=self.band,
             )
         )
 
@@ -188,12 +203,20 @@ class SiteReport:
 
         return dict(
             inspection.sources(
-                causal=self.causal, degree=self.degree, gradient=self.gradient, weighted=self.shift != "none"
+                causal=self.causal,
+                degree=self.degree,
+                gradient=self.gradient,
+                weighted=self.shift != "none",
+                band=self.band,
             )
         )
 
     def _graphs(self) -> tuple[fx.GraphModule | None, fx.GraphModule | None]:
-        if self.verdict != "low_rank" or self.degree is None:
+        if (
+            self.verdict != "low_rank"
+            or self.degree is None
+            or (self.worst is not None and self.worst.fitted is not None)
+        ):
             return None, None
         from polyattn.passes import inspection
 
@@ -206,17 +229,20 @@ class SiteReport:
             scale=self.scale,
             chunk=self.chunk,
             shift=self.shift,
+            band=self.band,
         )
         return forward, backward
 
     @property
     def forward_graph(self) -> fx.GraphModule | None:
-        """The rewritten forward as a runnable graph; None for exact sites, and for skeleton features."""
+        """The rewritten forward as a runnable graph; None for exact sites, and for features that are
+        fitted to a head."""
         return self._graphs()[0]
 
     @property
     def backward_graph(self) -> fx.GraphModule | None:
-        """The rewritten backward as a runnable graph; None for exact sites, and for skeleton features."""
+        """The rewritten backward as a runnable graph; None for exact sites, and for features that are
+        fitted to a head."""
         return self._graphs()[1]
 
     def to_dict(self) -> dict[str, Any]:
@@ -263,7 +289,8 @@ class SiteReport:
 
 
 _STATE_FIELDS = (
-    "verdict", "reason", "degree", "rank", "features", "chunk", "gradient", "shift", "error", "worst_error",
+    "verdict", "reason", "degree", "rank", "features", "chunk", "band", "widths", "polynomial",
+    "gradient", "shift", "error", "worst_error",
     "relative_error",
     "worst_relative_error", "guarantee", "shape", "flops_before", "flops_after", "calls", "audits", "audited_call",
     "calls_since_audit", "exact_rows",
@@ -284,8 +311,11 @@ def _state_lines(state: SiteState, tolerance: float, label: str) -> list[str]:
     head = f"{label}{state.verdict.upper().replace('_', ' ')}"
     if state.verdict == "low_rank":
         family = "skeleton features" if state.degree is None else f"degree {state.degree}"
+        family += f", coefficients by {state.polynomial.replace('_', ' ')}" if state.polynomial != "taylor" else ""
+        family += f", nested {state.widths}" if state.widths else ""
         head += f", {family}, rank {state.rank}, {state.gradient} gradient"
         head += {"none": "", "call": ", shifted", "first_chunk": ", shifted by the first chunk"}[state.shift]
+        head += f", keys up to {state.chunk} tokens away exact" if state.band else ""
     lines = textwrap.wrap(f"{head}: {state.reason}", 110, initial_indent="  ", subsequent_indent="    ")
     if state.flops_before:
         lines.append(f"    FLOPs {_count(state.flops_before)} → {_count(state.flops_after)}{_ratio(state)}")

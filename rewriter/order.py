@@ -71,16 +71,18 @@ class _Partial:
 class _Planner:
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.near = any(
-            isinstance(f.tensor, Mask) and f.tensor.which == "near"
-            for _, x in program.expressions()
-            for t in x.terms
-            for f in t.factors
+        self.near = int(
+            any(
+                isinstance(f.tensor, Mask) and f.tensor.which == "near"
+                for _, x in program.expressions()
+                for t in x.terms
+                for f in t.factors
+            )
         )
         self.cache: dict[Tensor, Node] = {}
         self.sizes: dict[sympy.Expr, float] = {}
 
-    def run(self) -> tuple[dict[str, Node], bool]:
+    def run(self) -> tuple[dict[str, Node], int]:
         return {name: self.expr(x) for name, x in self.program.outputs.items()}, self.near
 
     def size(self, indices: Sequence[Index] | frozenset[Index]) -> float:

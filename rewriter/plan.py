@@ -82,8 +82,8 @@ def walk(roots: Iterable[Node], known: Iterable[Node] = ()) -> Iterator[Node]:
         yield from visit(root)
 
 
-def volume(kinds: Iterable[Kind], near: bool) -> sympy.Expr:
-    """Number of elements over these axes; a near pair of tokens has n·C of them."""
+def volume(kinds: Iterable[Kind], near: int) -> sympy.Expr:
+    """Number of elements over these axes; where pairs of tokens are near ones, n·C for each of ``near`` chunks."""
     kinds = list(kinds)
     tokens = [k.size for k in kinds if k.token]
     total = sympy.Integer(1)
@@ -91,13 +91,13 @@ def volume(kinds: Iterable[Kind], near: bool) -> sympy.Expr:
         if not kind.token:
             total *= kind.size
     if len(tokens) == 2 and near:
-        return total * tokens[0] * CHUNK
+        return total * tokens[0] * CHUNK * near
     for size in tokens:
         total *= size
     return total
 
 
-def flops(n: Node, near: bool) -> sympy.Expr:
+def flops(n: Node, near: int) -> sympy.Expr:
     """Floating point operations of one node (a multiplication and an addition count as two)."""
     if n.op == "contract":
         patterns, result = n.attr
@@ -117,17 +117,21 @@ def flops(n: Node, near: bool) -> sympy.Expr:
     return sympy.Integer(0)
 
 
-def cost(roots: Iterable[Node], near: bool, known: Iterable[Node] = ()) -> sympy.Expr:
+def cost(roots: Iterable[Node], near: int, known: Iterable[Node] = ()) -> sympy.Expr:
     """Floating point operations of everything the roots need, as a polynomial; ``known`` values cost nothing."""
     return sympy.expand(sum((flops(n, near) for n in walk(roots, known)), sympy.Integer(0)))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Outputs of a program as nodes; ``near`` says that a pair of tokens lies in one chunk."""
+    """Outputs of a program as nodes.
+
+    ``near``: how many chunks the partners of a token lie in, where pairs are near ones: 1 under a causal mask, 3 in a
+    band; 0 where there are no near pairs.
+    """
 
     outputs: dict[str, Node]
-    near: bool
+    near: int
 
     def cost(self, names: Iterable[str] | None = None, known: Iterable[Node] = ()) -> sympy.Expr:
         """FLOPs of some outputs (all by default), in the symbols n, d, e, r, r', C."""

@@ -261,7 +261,7 @@ class _Writer:
         if n.op == "input":
             return Named(symbol(n.attr))
         if n.op == "mask":
-            return Named(symbol({"causal": "M", "near": "M_near", "far": "M_far"}[n.attr]))
+            return Named(symbol({"causal": "M", "all": "M", "near": "M_near", "far": "M_far"}[n.attr]))
         if n.op == "features":
             return Features(n.attr, self._value(n.args[0]))
         if n.op == "part":

@@ -3,7 +3,7 @@
     inline      dP[i,j] → Σ_b G[i,b] V[j,b]                     a pair of tokens is never an intermediate
     reuse       Σ_j A[i,j] V[j,b] x → N[i,b] x        a named product (rowsum(P∘dP) = rowsum(G∘O))
     absorb      N[i] = Σ_j …;  z[i] N[i] → Σ_j z[i] …           a scaled sum that nothing else reads: the scale goes in
-    split       M → M_near + M_far                              causal mask: inside i's chunk, in an earlier chunk (§6)
+    split       M → M_near + M_far                              pairs of tokens of one chunk, and those far apart (§6)
     power       S·S → (S²);  c₀T + c₁ST → (c₀ + c₁S)T  one polynomial of the score per term
     kronecker   p(UWᵀ) → Σ_α w_α Φ(U)_α Φ(W)_α          Hadamard powers are row-wise Kronecker powers
     compress    Φ_{g−1}(K)[j,β] K[j,a] → Σ_α C[β,a,α] Φ_g(K)[j,α]   monomial times variable: a monomial
@@ -183,11 +183,11 @@ def absorb(program: Program) -> Program:
     return prune(Program(program.defs, outputs))
 
 
-def split_causal(program: Program) -> Program:
+def split(program: Program) -> Program:
     """``split``: M = M_near + M_far."""
 
     def change(factor: Factor) -> Expr | None:
-        if not (isinstance(factor.tensor, Mask) and factor.tensor.which == "causal"):
+        if not (isinstance(factor.tensor, Mask) and factor.tensor.which in ("causal", "all")):
             return None
         near, far = (ir.of(Mask(which, factor.tensor.axes)) for which in ("near", "far"))
         return ir.add(near, far)

@@ -78,7 +78,10 @@ class Leaf(Tensor):
 
 @dataclass(frozen=True)
 class Mask(Tensor):
-    """0/1 on a pair of tokens: ``causal`` (j ≤ i), ``near`` (causal, in i's chunk), ``far`` (in an earlier chunk)."""
+    """0/1 on a pair of tokens: ``causal`` (j ≤ i) or ``all``, or a part of it.
+
+    ``near``: of ``causal``, j ≤ i in i's chunk; of ``all``, j in i's chunk or in one next to it. ``far``: the others.
+    """
 
     which: str
     axes: tuple[Kind, Kind]
@@ -89,7 +92,7 @@ class Mask(Tensor):
 
     @property
     def name(self) -> str:
-        return {"causal": "M", "near": "M_near", "far": "M_far"}[self.which]
+        return {"causal": "M", "all": "M", "near": "M_near", "far": "M_far"}[self.which]
 
 
 @dataclass(frozen=True)

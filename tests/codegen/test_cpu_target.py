@@ -292,7 +292,7 @@ def test_a_gather_without_features_is_refused() -> None:
     doubled = node("sum", (gather,), gather.axes, ((2,), ((0, 1, 2),)))
     total = node("contract", (doubled,), (KEY, HEAD), (((0, 1, 2),), (0, 2)))
     with pytest.raises(ScheduleError, match="gathers only to multiply with weighted features"):
-        cpu_target.emit(schedule("odd", {"dK": total}, chunked=False))
+        cpu_target.emit(schedule("odd", {"dK": total}))
 
 
 @masks

@@ -43,7 +43,7 @@ def test_unwanted_gradients_are_not_in_the_loops() -> None:
 def test_exact_attention_cannot_be_laid_out() -> None:
     outputs = plan(exact("softmax")).outputs
     with pytest.raises(ScheduleError, match="two token axes"):
-        schedule("exact", outputs, chunked=False)
+        schedule("exact", outputs)
 
 
 MEMORY = """

@@ -55,8 +55,8 @@ def test_equals_the_densely_written_approximation(gradient: str, chunk: int | No
     state = only_state()
     assert state.exact_rows == 0
     assert (state.features, state.rank, state.degree, state.shift) == ("skeleton", M, None, "call")
-    assert state.landmarks is not None
-    wanted = dense_skeleton(*inputs, state.landmarks, gradient == "substituted", chunk)
+    assert state.fitted is not None
+    wanted = dense_skeleton(*inputs, state.fitted, gradient == "substituted", chunk)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
     g = torch.randn(found.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for x, y in zip(torch.autograd.grad(found, inputs, g), torch.autograd.grad(wanted, inputs, g), strict=True):
@@ -93,11 +93,11 @@ def test_the_fit_is_kept_and_serves_other_data_of_the_same_heads() -> None:
         out = attend(inputs)
         exact = F.scaled_dot_product_attention(*inputs, enable_gqa=True)
         assert float((out - exact).norm() / exact.norm()) < 0.05
-        kept = only_state().landmarks
+        kept = only_state().fitted
     assert only_state().calls == 2
     guard.reset()
     attend(first)
-    assert torch.equal(only_state().landmarks, kept), "fitted at the first call, with the seed of the options"
+    assert torch.equal(only_state().fitted, kept), "fitted at the first call, with the seed of the options"
 
 
 def test_random_generators_are_left_alone() -> None:
@@ -127,7 +127,8 @@ def test_under_a_causal_mask_it_is_close_to_exact_attention() -> None:
     [
         ({"features": "skeleton", "degree": 2}, "no degree"),
         ({"features": "skeleton", "rank": 4}, "8 to 2048"),
-        ({"rank": 64}, "the degree fixes the rank"),
+        ({"features": "skeleton", "polynomial": "minimax"}, "skeleton features have none"),
+        ({"rank": 1}, "integer >= 2"),
     ],
 )
 def test_options_that_do_not_go_together(options: dict[str, Any], words: str) -> None:
@@ -160,7 +161,7 @@ def test_a_compiled_model_trains_through_it(inner: str, monkeypatch: pytest.Monk
     assert "skeleton features" in site.derivation
     assert "skeleton features" in site.kernels["forward.cpu"]
     (state,) = site.states
-    marks = state.landmarks
+    marks = state.fitted
     assert marks is not None
     model.zero_grad()
     with monkeypatch.context() as patch:
@@ -203,7 +204,7 @@ def test_more_landmarks_fit_better_and_the_error_is_that_of_the_rows() -> None:
 def test_a_site_that_became_exact_keeps_its_fit_for_what_a_checkpoint_runs_again() -> None:
     polyattn.attention(*operands(), options=OPTIONS)
     state = only_state()
-    kept = state.landmarks
+    kept = state.fitted
     state.become_exact("an audit failed")
     assert kept is not None
-    assert state.landmarks is kept
+    assert state.fitted is kept

@@ -36,6 +36,7 @@ def dense_skeleton(
     marks: torch.Tensor,
     substituted: bool,
     chunk: int | None = None,
+    band: bool = False,
 ) -> torch.Tensor:
     """Attention through Φ Z Rᵀ with given landmarks, which are constants of the differentiation."""
     d, scale = q.shape[-1], 1 / math.sqrt(q.shape[-1])
@@ -45,7 +46,7 @@ def dense_skeleton(
     def skeleton(q: torch.Tensor, k: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return (scale * q @ kappa.mT).exp() @ core @ (scale * k @ lam.mT).exp().mT
 
-    return _dense(q, k, v, skeleton, chunk, substituted, "call", None)
+    return _dense(q, k, v, skeleton, chunk, substituted, "call", None, band)
 
 
 def _dense(
@@ -57,8 +58,11 @@ def _dense(
     substituted: bool,
     shift: str,
     first: int | None,
+    band: bool = False,
 ) -> torch.Tensor:
-    """Attention with an approximation in place of exp; with a ``chunk`` causal, and exp in the diagonal chunks.
+    """Attention with an approximation in place of exp.
+
+    With a ``chunk`` causal, and exp in the diagonal chunks; with a ``band`` too not causal, and exp in near chunks.
 
     ``shift``: the mean query u and the mean key c of each key head are taken off before (with ``first_chunk`` those of
     the first tokens), and each key weighs exp(u·(k − c)); they are constants of the differentiation.
@@ -75,10 +79,39 @@ def _dense(
     a = approximate(q - u, k - c, x)
     if chunk is not None:
         i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])[None]
-        a = torch.where(j // chunk < i // chunk, a, torch.where((j // chunk == i // chunk) & (j <= i), x.exp(), 0.0))
+        causal = torch.where(
+            j // chunk < i // chunk, a, torch.where((j // chunk == i // chunk) & (j <= i), x.exp(), 0.0)
+        )
+        a = torch.where((j // chunk - i // chunk).abs() <= 1, x.exp(), a) if band else causal
     a = a * log_weights.exp()
     if substituted:
         # exp's own derivative with the approximation's value in place of exp: d a = a dx
         logits = x + log_weights
         a = a.detach() * (1 + logits - logits.detach())
     return a / a.sum(-1, keepdim=True) @ v
+
+
+def dense_fitted_polynomial(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    fitted: torch.Tensor,
+    widths: tuple[int, ...],
+    substituted: bool,
+    chunk: int | None = None,
+    band: bool = False,
+    shift: str = "call",
+) -> torch.Tensor:
+    """Attention through Σ_m c_m (s q'·k' over the last w_m coordinates)^m, with given matrices and coefficients."""
+    d, scale = q.shape[-1], 1 / math.sqrt(q.shape[-1])
+    made = fitted.repeat_interleave(q.shape[1] // k.shape[1], 0)
+    to_q, to_k, c = made[:, :d, :d], made[:, d : 2 * d, :d], made[:, -1]
+
+    def polynomial(q: torch.Tensor, k: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        q, k = q @ to_q, k @ to_k
+        total = c[:, 0, None, None].expand_as(x)
+        for m, width in enumerate(widths, 1):
+            total = total + c[:, m, None, None] * (scale * q[..., d - width :] @ k[..., d - width :].mT) ** m
+        return total
+
+    return _dense(q, k, v, polynomial, chunk, substituted, shift, chunk, band)
