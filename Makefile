@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long zoo zoo-check accuracy lint format golden wheel-check clean
+.PHONY: help demo test test-long zoo zoo-check accuracy training lint format golden wheel-check clean
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,9 +35,12 @@ zoo: $(STAMP) ## compile models of public packages, compare with eager, write do
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[zoo]'
 	$(BIN)/python tests/zoo/run.py $(if $(ZOO),$(ZOO),--write docs/zoo.md)
 
-accuracy: $(STAMP) ## low-rank against exact attention on a pretrained encoder's heads, write docs/accuracy.md (15 minutes)
+accuracy: $(STAMP) ## low-rank against exact attention on trained heads, write docs/accuracy.md (10 minutes)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[accuracy]'
 	$(BIN)/python benchmarks/accuracy.py --write docs/accuracy.md
+
+training: $(STAMP) ## train a small model through each family, write docs/training.md (10 minutes)
+	$(BIN)/python benchmarks/training.py --write docs/training.md
 
 lint: $(STAMP) ## linter, formatter, type checker, layers
 	$(BIN)/ruff check .

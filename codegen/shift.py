@@ -77,7 +77,3 @@ def move(
     if turn is not None:
         q, k = q @ turn.q[:, None], k @ turn.k
     return Moved(q, k, weights, u, turn)
-
-
-def shift(q: torch.Tensor, k: torch.Tensor, scale: float, first: int | None) -> Moved:
-    return move(q, k, scale, "call" if first is None else "first_chunk", first or 0)

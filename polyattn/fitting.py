@@ -51,22 +51,22 @@ def fitted(
             operands = by_head(moved.q.flatten(1, 2)), by_head(moved.k), by_head(weights)
             generator = torch.Generator().manual_seed(seed(options, site, "fit"))
             make = _skeleton if setting.degree is None else _polynomial
-            made, error, state.widths = make(operands, setting, options, generator)
+            made, error, state.widths, state.radius = make(operands, setting, options, generator)
             state.fitted, state.fit_error = made.to(q.dtype), tuple(error.tolist())
-        return replace(setting, fitted=state.fitted, widths=state.widths)
+        return replace(setting, fitted=state.fitted, widths=state.widths, radius=state.radius)
 
 
 Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Of each head, queries and keys [heads, elements, tokens, d] and weights of the keys [heads, elements, tokens]."""
-Fit = tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]
-"""What is kept, error of each head, and widths of a nested polynomial."""
+Fit = tuple[torch.Tensor, torch.Tensor, tuple[int, ...], torch.Tensor | None]
+"""What is kept, error of each head, widths of a nested polynomial, radius of each head."""
 
 
 def _skeleton(operands: Operands, setting: Setting, options: Options, generator: torch.Generator) -> Fit:
     q, k, weights = operands
     m, near = options.resolved_rank(k.shape[-1]), setting.chunk if setting.causal or setting.band else None
     made = landmarks.fit(q, k, weights, setting.scale, m, generator, setting.causal, near=near)
-    return torch.cat([made.keys, made.queries, made.core], 2), made.error, ()
+    return torch.cat([made.keys, made.queries, made.core], 2), made.error, (), made.radius
 
 
 def _polynomial(operands: Operands, setting: Setting, options: Options, generator: torch.Generator) -> Fit:
@@ -81,4 +81,4 @@ def _polynomial(operands: Operands, setting: Setting, options: Options, generato
     c, error = polynomial.coefficients(options.polynomial, sample, turn, basis)
     made = torch.zeros(len(q), 2 * d + 1, max(d, degree + 1), dtype=c.dtype, device=c.device)
     made[:, :d, :d], made[:, d : 2 * d, :d], made[:, -1, : degree + 1] = turn.q, turn.k, c
-    return made, error, basis.widths if options.rank is not None else ()
+    return made, error, basis.widths if options.rank is not None else (), None

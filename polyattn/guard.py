@@ -77,6 +77,8 @@ class SiteState:
     """What was fitted at the first low-rank call, as :class:`polyattn.lowrank_op.Setting` has it."""
     widths: tuple[int, ...] = ()
     """Of a nested polynomial; nothing for the full form."""
+    radius: torch.Tensor | None = field(default=None, repr=False, compare=False)
+    """Of fitted features: the largest norm of a shifted query that the fit saw, [kv_heads]; None: not known."""
     fit_error: tuple[float, ...] = ()
     """Of each key head, the mean error of softmax rows that the fit did not see, Σ_j |P̃_ij − P_ij|."""
     warned: bool = False

@@ -1,7 +1,8 @@
 """Low-rank attention of a call's tensors: kernels over groups of heads, and exact attention for rows that need it.
 
 Tensors come as the operators hold them, [batch, heads, tokens, ·]; queries that share a key head are its groups. Rows
-whose low-rank denominator is not a positive finite number are computed exactly, forward and backward.
+whose low-rank denominator is not a positive finite number, and the few whose query lies outside of what features were
+fitted to, are computed exactly, forward and backward.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ Grouped = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 GRADIENTS = ("consistent", "substituted")
+OUTLIERS = 1 / 64
+"""Rows outside of what was fitted are exact where they are no larger part of a call than this; where they are more, the
+fit does not suit the call, and an audit says so."""
 NUMBERS = 9
 """Of a setting, as its backward gets them: five, and the widths of up to four degrees."""
 
@@ -53,6 +57,9 @@ class Setting:
     """What was fitted to the heads. Of skeleton features [kv_heads, m, 2 d + m]: landmarks of keys and of queries, and
     core, side by side; of a polynomial [kv_heads, 2 d + 1, d or degree + 1]: the matrices that queries and keys are
     multiplied by, and the coefficients, one above the other; None for Taylor's polynomial."""
+
+    radius: torch.Tensor | None = None
+    """Of what was fitted: the largest norm of a shifted query, [kv_heads]; only a forward needs it."""
 
     def numbers(self) -> torch.Tensor:
         """What a backward must know of its forward beside scale and mask."""
@@ -158,6 +165,11 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, setting: Setting)
     result = _run(made.forward, inputs, setting)
     out, denominators = result["O"], result["D"]
     bad = ~(torch.isfinite(denominators) & (denominators > 0) & torch.isfinite(out).all(-1))
+    if setting.radius is not None:
+        radius = setting.radius.to(q.dtype).repeat(len(k) // len(setting.radius))
+        outside = inputs["Q"].norm(dim=-1) > radius[:, None, None]
+        if int(outside.sum()) <= OUTLIERS * outside.numel():
+            bad |= outside
     count = int(bad.sum())
     if count:
         for h, g in bad.any(-1).nonzero().tolist():

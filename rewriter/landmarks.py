@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-RIDGES = (1e-2, 3e-3, 1e-3, 1e-4)
+RIDGES = (1e-1, 1e-2, 1e-3, 1e-4)
 """Of the largest singular value of the features, whose columns are scaled to length one before."""
 SAMPLES, CANDIDATES, WITNESSES, BLOCK = 8, 4, 2, 64
 """Per landmark: rows and columns of the core; tokens it is drawn from; entries of each. Landmarks drawn at a time."""
@@ -104,9 +104,8 @@ class _Head:
         mass = self.rows(some, every)[0].masked_fill(~self.far(some, every), 0).mean(0)
         mass = mass / mass.sum().clamp_min(1e-30)
         j = self.choose(mass + 1 / n_k, SAMPLES * m)
-        all_keys = len(j) == n_k
-        drawn = (j if all_keys else every)[: min(len(j), CANDIDATES * m)]  # among columns, in random order
-        j = every if all_keys else j
+        drawn = (j if len(j) == n_k else every)[: min(len(j), CANDIDATES * m)]  # among the columns, in random order
+        j = every if len(j) == n_k else j
         p, z = self.rows(i, j)
         keys = self.adaptive(p[: WITNESSES * m, drawn], m)
         queries = self.adaptive(p[: CANDIDATES * m, drawn[: WITNESSES * m]].mT, m)
@@ -132,9 +131,8 @@ class _Head:
         """The core [m, m] and its error on fresh rows; near entries of p [rows i, columns j] are overwritten."""
         left = _Side(self.q[i].double() @ kappa.double().mT - z.double())
         right = _Side(self.scale * self.k[j].double() @ lam.double().mT + self.logs[j, None].double())
-        u, v = left.orthonormal.to(p.dtype), right.orthonormal.to(p.dtype)
+        u, v, check = left.orthonormal.to(p.dtype), right.orthonormal.to(p.dtype), _Check(self, kappa, lam, fresh)
         met = u.mT @ (p @ v)  # [m, m]
-        check = _Check(self, kappa, lam, fresh)
         ridges = check.ridges(left, right, met)
         if self.near is not None:
             blocks = self.blocks(i, j)

@@ -208,3 +208,36 @@ def test_a_site_that_became_exact_keeps_its_fit_for_what_a_checkpoint_runs_again
     state.become_exact("an audit failed")
     assert kept is not None
     assert state.fitted is kept
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_few_queries_outside_of_what_was_fitted_are_exact(causal: bool) -> None:
+    first, second = operands(n=300), operands(n=300)
+    with torch.no_grad():
+        longest = second[0].norm(dim=-1).argmax(-1)[:, :, None, None].expand(-1, -1, 1, 8)
+        second[0][:, :, 100:101] = 6 * second[0].gather(2, longest)
+
+    def attend(inputs: list[torch.Tensor]) -> torch.Tensor:
+        return polyattn.attention(*inputs, causal=causal, options={**OPTIONS, "rank": 96, "causal_chunk": 16})
+
+    attend(first)
+    before = only_state().exact_rows
+    out = attend(second)
+    assert 0 < only_state().exact_rows - before <= 8
+    exact = F.scaled_dot_product_attention(*second, is_causal=causal, enable_gqa=True)
+    torch.testing.assert_close(out[:, :, 100], exact[:, :, 100], rtol=0, atol=1e-9)
+    g = torch.zeros_like(out)
+    g[:, :, 100] = 1.0
+    for x, y in zip(torch.autograd.grad(out, second, g), torch.autograd.grad(exact, second, g), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-9)
+
+
+def test_many_queries_outside_of_what_was_fitted_are_left_to_the_audit() -> None:
+    first, second = operands(n=300), operands(n=300)
+    with torch.no_grad():
+        second[0][:, :, ::2] *= 3
+    found = []
+    for inputs in (first, second):
+        polyattn.attention(*inputs, options={**OPTIONS, "rank": 96})
+        found.append(only_state().exact_rows)
+    assert found[1] - found[0] < 300, "of 2,400 rows, at least a third of which lie outside"

@@ -68,10 +68,10 @@ def test_the_error_is_that_of_all_rows(causal: bool, elements: int, near: int | 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_a_fit_of_the_far_field_is_better_where_the_near_one_is_exact(causal: bool) -> None:
-    n, near, m = 768, 32, 32
+    n, near, m = 768, 32, 96
     x = local(n, 8)
     blind, aware = (row_errors(x, made(x, m, causal, chunk), causal, near).mean((1, 2)) for chunk in (None, near))
-    assert bool((aware < 0.5 * blind).all()), (blind, aware)
+    assert bool((aware < 0.75 * blind).all()), (blind, aware)
 
 
 def test_more_landmarks_err_less() -> None:
