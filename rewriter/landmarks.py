@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-RIDGES = (1e-1, 1e-2, 1e-3, 1e-4)
+RIDGES = (1e-2, 3e-3, 1e-3, 1e-4)
 """Of the largest singular value of the features, whose columns are scaled to length one before."""
 SAMPLES, CANDIDATES, WITNESSES, BLOCK = 8, 4, 2, 64
 """Per landmark: rows and columns of the core; tokens it is drawn from; entries of each. Landmarks drawn at a time."""
