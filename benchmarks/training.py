@@ -1,6 +1,6 @@
 """What a small language model learns when its attention is low rank while it trains, family by family.
 
-python benchmarks/training.py [--steps 1000] [--threads 1] [--write docs/training.md]    # 10 minutes at most
+python benchmarks/training.py [--steps 1000] [--threads 1] [--write docs/training.md]
 
 The model is the byte-level GPT of ``examples/gpt_model.py`` with 2 layers, width 64 and 4 heads of 16; it reads one
 window of 512 bytes of Python's standard library per step. AdamW, a linear warm-up of 50 steps to a learning rate of
