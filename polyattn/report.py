@@ -293,7 +293,7 @@ _STATE_FIELDS = (
     "gradient", "shift", "error", "worst_error",
     "relative_error",
     "worst_relative_error", "guarantee", "shape", "flops_before", "flops_after", "calls", "audits", "audited_call",
-    "calls_since_audit", "exact_rows",
+    "calls_since_audit", "exact_rows", "fit_error",
 )  # fmt: skip
 
 
@@ -323,8 +323,21 @@ def _state_lines(state: SiteState, tolerance: float, label: str) -> list[str]:
         worst = f" (worst {state.worst_error:.2e})" if state.audits > 1 else ""
         relative = f", relative {state.relative_error:.2e}" if state.relative_error is not None else ""
         lines.append(f"    error of the last audit {state.error:.2e}{worst} of {tolerance:g} allowed{relative}")
+    if state.fit_error and state.verdict == "low_rank":
+        lines.append(f"    {_fit(state)}")
     lines.append(f"    guarantee: {_guarantee(state)}")
     return lines
+
+
+def _fit(state: SiteState) -> str:
+    """What is known of a fit: how far rows are off that it could see, and to which queries it was made."""
+    errors = state.fit_error
+    text = f"fitted at the first call: a row's weights off by {sum(errors) / len(errors):.2g} in sum"
+    text += f" (worst head {max(errors):.2g})" if len(errors) > 1 else ""
+    if state.radius is not None:
+        text += f"; queries to a norm of {float(state.radius.min()):.3g}"
+        text += f" to {float(state.radius.max()):.3g}" if len(errors) > 1 else ""
+    return text + (f"; {state.exact_rows} rows exact so far" if state.exact_rows else "")
 
 
 def _guarantee(state: SiteState) -> str:

@@ -158,6 +158,7 @@ def test_a_compiled_model_trains_through_it(inner: str, monkeypatch: pytest.Monk
     (site,) = polyattn.reports()[0].sites
     assert (site.verdict, site.features, site.rank, site.degree) == ("low_rank", "skeleton", M, None)
     assert "skeleton features, rank 24" in str(site)
+    assert "; queries to a norm of " in str(site)
     assert "skeleton features" in site.derivation
     assert "skeleton features" in site.kernels["forward.cpu"]
     (state,) = site.states
