@@ -13,7 +13,7 @@ from torch import nn
 
 from polyattn import lowrank_op
 from polyattn.rewriter import expr as ir
-from polyattn.rewriter.features import rank
+from polyattn.rewriter.features import full, rank
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -83,7 +83,7 @@ class Counter:
             q, k = inputs["Q"], inputs["K"]
             sizes = {
                 ir.N_Q: q.shape[1] * q.shape[2], ir.N_K: k.shape[1], ir.D: HEAD, ir.E: HEAD,
-                ir.R: rank(HEAD, 2), ir.R1: rank(HEAD, 1),
+                ir.R: rank(full(HEAD, 2)), ir.R1: rank(full(HEAD, 1)),
             }  # fmt: skip
             self.flops += int(spec.cost().subs(sizes)) * q.shape[0]
         return made

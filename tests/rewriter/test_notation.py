@@ -82,7 +82,7 @@ def test_every_formula_of_every_step_means_what_the_program_means(name: str, deg
     assert checked > 10
 
 
-@pytest.mark.parametrize(("name", "degree", "gradient"), [c for c in CASES if not c[0].startswith("causal")])
+@pytest.mark.parametrize(("name", "degree", "gradient"), [c for c in CASES if not c[0].startswith(("causal", "band"))])
 def test_every_line_of_a_recipe_means_what_the_plan_means(name: str, degree: int, gradient: str) -> None:
     form = FORMS[name]
     program = derive(name, degree, gradient)[-1].program
