@@ -125,20 +125,15 @@ class Writer:
                 "    T_q = groups * rows",
             ]
         if self.spec.mask == "band" and loop.stores:
-            near = [
-                "for start in range(0, n_q, block):",
-                "    below, above = max(0, start - block), min(n_k, start + 2 * block)",
-                "    rows, T_k = min(block, n_q - start), max(0, above - below)",
+            queries = loop.axis.letter == "i"
+            own, other = ("n_q", "n_k") if queries else ("n_k", "n_q")
+            tokens = (f"min(block, {own} - start)", "max(0, above - below)")
+            return [
+                f"for start in range(0, {own}, block):",
+                f"    below, above = max(0, start - block), min({other}, start + 2 * block)",
+                f"    rows, T_k = {', '.join(tokens if queries else tokens[::-1])}",
                 "    T_q = groups * rows",
             ]
-            if loop.axis.letter == "j":
-                near = [
-                    "for start in range(0, n_k, block):",
-                    "    below, above = max(0, start - block), min(n_q, start + 2 * block)",
-                    "    rows, T_k = max(0, above - below), min(block, n_k - start)",
-                    "    T_q = groups * rows",
-                ]
-            return near
         if loop.axis.letter == "i":
             return [
                 "for start in range(0, n_q, block):",

@@ -109,8 +109,8 @@ class Setting:
 
     def skeleton(self, heads: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
         """Landmarks and core as inputs of the kernels; none for polynomials."""
-        packed, d = self.per_head(heads, like), like.shape[-1]
-        if packed is None or self.degree is not None:
+        packed, d = self.per_head(heads, like) if self.degree is None else None, like.shape[-1]
+        if packed is None:
             return {}
         return {"LK": packed[..., :d], "LQ": packed[..., d : 2 * d], "Z": packed[..., 2 * d :].contiguous()}
 
@@ -125,9 +125,9 @@ class Setting:
 
     def moved(self, q: torch.Tensor, k: torch.Tensor) -> Moved:
         """Queries and keys after the exact transformations."""
-        packed, d = self.per_head(len(k), q), q.shape[-1]
+        packed, d = self.per_head(len(k), q) if self.degree is not None else None, q.shape[-1]
         turn = None
-        if packed is not None and self.degree is not None:
+        if packed is not None:
             turn = Turn(packed[:, :d, :d].contiguous(), packed[:, d : 2 * d, :d].contiguous())
         return move(q, k, self.scale, self.shift, self.chunk, turn)
 

@@ -22,6 +22,8 @@ from typing import NamedTuple
 
 import torch
 
+from polyattn.rewriter.pairs import Pairs
+
 RIDGES = (1e-2, 3e-3, 1e-3, 1e-4)
 """Of the largest singular value of the features, whose columns are scaled to length one before."""
 SAMPLES, CANDIDATES, WITNESSES, BLOCK = 8, 4, 2, 64
@@ -91,17 +93,17 @@ class _Head:
         causal: bool,
         near: int | None,
     ) -> None:
-        self.per_query, self.per_key = q.shape[1], k.shape[1]
+        self.pairs = Pairs(q.shape[1], k.shape[1], causal, near)
         self.q, self.k, self.logs = q.flatten(0, 1) * scale, k.flatten(0, 1), weights.flatten().log()
         self.whole = len(q) == 1 and not causal
-        self.scale, self.generator, self.causal, self.near = scale, generator, causal, near
+        self.scale, self.generator = scale, generator
 
     def fit(self, m: int) -> tuple[torch.Tensor, ...]:
         """The parts of a :class:`Skeleton`."""
         n_q, n_k = len(self.q), len(self.k)
         every = torch.arange(n_k, device=self.q.device)
         some, i, fresh = (self.draw(count, n_q) for count in (MASS_ROWS, SAMPLES * m, VALIDATION))
-        mass = self.rows(some, every)[0].masked_fill(~self.far(some, every), 0).mean(0)
+        mass = self.rows(some, every)[0].masked_fill(~self.pairs.far(some, every), 0).mean(0)
         mass = mass / mass.sum().clamp_min(1e-30)
         j = self.choose(mass + 1 / n_k, SAMPLES * m)
         drawn = (j if len(j) == n_k else every)[: min(len(j), CANDIDATES * m)]  # among the columns, in random order
@@ -134,7 +136,7 @@ class _Head:
         u, v, check = left.orthonormal.to(p.dtype), right.orthonormal.to(p.dtype), _Check(self, kappa, lam, fresh)
         met = u.mT @ (p @ v)  # [m, m]
         ridges = check.ridges(left, right, met)
-        if self.near is not None:
+        if self.pairs.near is not None:
             blocks = self.blocks(i, j)
             x, y = left.x.to(p.dtype), right.x.to(p.dtype)
             for _ in range(ROUNDS):
@@ -158,24 +160,6 @@ class _Head:
         share = share.double().cpu()
         return torch.multinomial(share, min(count, len(share)), generator=self.generator).to(self.q.device)
 
-    def native(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-        """Which queries attend to which keys, [i, j]."""
-        own = (i // self.per_query)[:, None] == j // self.per_key
-        return own & (j % self.per_key <= (i % self.per_query)[:, None]) if self.causal else own
-
-    def gap(self, i: torch.Tensor, j: torch.Tensor, near: int) -> torch.Tensor:
-        """How many chunks the query is after the key, [i, j]; many in another batch element."""
-        gap = (i % self.per_query // near)[:, None] - j % self.per_key // near
-        return gap.masked_fill((i // self.per_query)[:, None] != j // self.per_key, 2**40)
-
-    def far(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-        """Which pairs the skeleton stands for, [i, j]."""
-        native = self.native(i, j)
-        if self.near is None:
-            return native
-        gap = self.gap(i, j, self.near)
-        return native & (gap > 0 if self.causal else gap.abs() > 1)
-
     def logits(self, i: torch.Tensor) -> torch.Tensor:
         return torch.addmm(self.logs, self.q[i], self.k.mT)
 
@@ -193,7 +177,7 @@ class _Head:
             a = logits.sub_(top).exp_()
             total = a.sum(1, keepdim=True)
             if not self.whole:
-                native = self.native(part, every)
+                native = self.pairs.seen(part, every)
                 total = (total * native.to(a.dtype).mean(1, keepdim=True)).maximum((a * native).sum(1, keepdim=True))
             entries.append((a if len(j) == len(every) else a[:, j]).div_(total))
             sums.append(top + total.log())
@@ -214,15 +198,15 @@ class _Head:
     def blocks(self, i: torch.Tensor, j: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Rows and columns of p, together all near pairs, and which of a block's pairs are; those of the same chunks
         that a causal mask hides are taken for near as well, for they are alike and not needed."""
-        near = self.near or 1
+        pairs, near = self.pairs, self.pairs.near or 1
         size = near * -(-64 * len(self.q) // (len(i) * near))  # tokens; some 64 rows of the sample
-        element, start = i // self.per_query, i % self.per_query // size * size
-        found, at = [], j % self.per_key
+        element, start = i // pairs.per_query, i % pairs.per_query // size * size
+        found, at = [], j % pairs.per_key
         for e, first in sorted(set(zip(element.tolist(), start.tolist(), strict=True))):
             rows = torch.where((element == e) & (start == first))[0]
-            columns = torch.where((j // self.per_key == e) & (at >= first - near) & (at < first + size + near))[0]
-            gap = self.gap(i[rows], j[columns], near)
-            found.append((rows, columns, (gap <= 0 if self.causal else gap <= 1) & (gap >= -1)))
+            columns = torch.where((j // pairs.per_key == e) & (at >= first - near) & (at < first + size + near))[0]
+            gap = pairs.gap(i[rows], j[columns])
+            found.append((rows, columns, (gap <= 0 if pairs.causal else gap <= 1) & (gap >= -1)))
         return found
 
 
@@ -264,7 +248,7 @@ class _Check:
     def __init__(self, head: _Head, kappa: torch.Tensor, lam: torch.Tensor, fresh: torch.Tensor) -> None:
         every = torch.arange(len(head.k), device=head.q.device)
         logits = head.logits(fresh)
-        native, self.far = head.native(fresh, every), head.far(fresh, every)
+        native, self.far = head.pairs.seen(fresh, every), head.pairs.far(fresh, every)
         self.wanted = logits.masked_fill(~native, -math.inf).softmax(1)
         self.near = logits.exp().masked_fill(self.far | ~native, 0)
         self.phi = (head.q[fresh] @ kappa.mT).exp()

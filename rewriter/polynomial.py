@@ -22,6 +22,7 @@ import torch
 
 from polyattn.rewriter import features
 from polyattn.rewriter.features import Basis, taylor
+from polyattn.rewriter.pairs import Pairs
 
 ROWS = 192
 """Sampled rows of a head."""
@@ -166,19 +167,15 @@ def sample(
         causal: a query attends to the keys up to its own position.
         near: chunk length where near pairs stay exact: of one chunk under a causal mask, of neighbouring ones without.
     """
-    per_query, per_key = q.shape[2], k.shape[2]
+    pairs = Pairs(q.shape[2], k.shape[2], causal, near)
     q, k, weights = (x.detach().double().flatten(1, 2) for x in (q, k, weights))
     drawn = torch.randperm(q.shape[1], generator=generator)[:ROWS].to(q.device)
-    i, j = drawn % per_query, torch.arange(k.shape[1], device=q.device) % per_key
-    own = torch.arange(k.shape[1], device=q.device) // per_key == (drawn // per_query)[:, None]
-    seen = own & (j <= i[:, None]) if causal else own
-    apart = (i[:, None] // (near or 1) - j // (near or 1)).abs()
-    rows = q[:, drawn]
+    every = torch.arange(k.shape[1], device=q.device)
+    rows, seen = q[:, drawn], pairs.seen(drawn, every)
     plain = torch.where(seen, 0.0, -math.inf).to(q.dtype) + weights.log()[:, None]
     logits = plain + scale * rows @ k.mT
     total = logits.logsumexp(2, keepdim=True)
-    close = seen & (apart <= (0 if causal else 1)) if near is not None else torch.zeros_like(seen)
-    return Sample(rows, k, (logits - total).exp(), plain - total, close, scale)
+    return Sample(rows, k, (logits - total).exp(), plain - total, seen & ~pairs.far(drawn, every), scale)
 
 
 def coefficients(kind: str, data: Sample, turn: Turn, basis: Basis) -> tuple[torch.Tensor, torch.Tensor]:
@@ -203,17 +200,21 @@ def coefficients(kind: str, data: Sample, turn: Turn, basis: Basis) -> tuple[tor
 
 
 class _Head:
-    """One head's sampled rows, with P_ij S_m^m / exp(S) of each degree: what a coefficient adds to the row."""
+    """One head's sampled rows, with P_ij S_m^m / exp(S) of each degree: what a coefficient adds to the row.
+
+    On the CPU, where the small systems of equations are solved.
+    """
 
     def __init__(self, data: Sample, turn: Turn, basis: Basis, h: int) -> None:
-        far = data.logs[h].exp().masked_fill(data.near, 0)
-        q, k, d = data.q[h] @ turn.q[h], data.k[h] @ turn.k[h], basis.d
+        rows, keys, self.p, logs = (x[h].cpu() for x in (data.q, data.k, data.p, data.logs))
+        far = logs.exp().masked_fill(data.near.cpu(), 0)
+        q, k, d = rows @ turn.q[h].cpu(), keys @ turn.k[h].cpu(), basis.d
         terms = [far]
         for m, width in enumerate(basis.widths, 1):
             terms.append(far * (data.scale * q[:, d - width :] @ k[:, d - width :].mT) ** m)
         self.terms = torch.stack(terms, 1)  # [rows, degree + 1, keys]
-        self.p, self.far = data.p[h], far > 0
-        logits = (data.scale * data.q[h] @ data.k[h].mT).masked_fill(~self.far, 0)
+        self.far = far > 0
+        logits = (data.scale * rows @ keys.mT).masked_fill(~self.far, 0)
         # on a grid, so that solutions are used again
         self.bound = min(LARGEST, 2.0 ** (math.ceil(4 * math.log2(max(0.125, float(logits.abs().max())))) / 4))
         self.sums = self.terms.sum(2)

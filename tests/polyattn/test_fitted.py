@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from dense import dense_fitted_polynomial, dense_skeleton
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sites import Model, only_state
 
 import polyattn
 from polyattn import guard
@@ -40,12 +41,6 @@ def operands(
     q = size * ((rand(batch, heads, n, d) * sizes) @ mix.repeat_interleave(heads // kv, 0) + 0.3)
     k = (rand(batch, kv, n, d) * sizes) @ mix - 0.2
     return [x.requires_grad_() for x in (q, k, rand(batch, kv, n, e))]
-
-
-def only_state() -> guard.SiteState:
-    ((site, _),) = guard._states
-    (state,) = guard.states(site)
-    return state
 
 
 def options_of(mask: str, **more: Any) -> dict[str, Any]:
@@ -156,15 +151,6 @@ def test_a_near_field_helps_heads_that_look_at_their_neighbourhood() -> None:
 
 
 def test_the_report_names_family_coefficients_widths_and_near_field() -> None:
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.project = torch.nn.Linear(12, 36, dtype=torch.float64)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            q, k, v = self.project(x).unflatten(-1, (3, 2, 6)).permute(2, 0, 3, 1, 4)
-            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, x = Model(), torch.randn(2, 80, 12, dtype=torch.float64)

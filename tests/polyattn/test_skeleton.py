@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dense import dense_skeleton
+from sites import Model, only_state
 
 import polyattn
 from polyattn import guard
@@ -38,12 +39,6 @@ def operands(
     q = 0.4 * (rand(batch, heads, n, inner) @ basis.repeat_interleave(heads // kv, 0) + 0.5)
     k = rand(batch, kv, n, inner) @ basis - 0.3
     return [x.requires_grad_() for x in (q, k, rand(batch, kv, n, e))]
-
-
-def only_state() -> guard.SiteState:
-    ((site, _),) = guard._states
-    (state,) = guard.states(site)
-    return state
 
 
 @pytest.mark.parametrize("chunk", [None, 16], ids=["full", "causal"])
@@ -134,16 +129,6 @@ def test_under_a_causal_mask_it_is_close_to_exact_attention() -> None:
 def test_options_that_do_not_go_together(options: dict[str, Any], words: str) -> None:
     with pytest.raises(OptionValueError, match=words):
         polyattn.Options.make(options)
-
-
-class Model(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.project = torch.nn.Linear(12, 36, dtype=torch.float64)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.project(x).unflatten(-1, (3, 2, 6)).permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
