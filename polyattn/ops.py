@@ -24,6 +24,7 @@ from polyattn.guard import SiteState, Ticket
 from polyattn.options import Options
 from polyattn.passes.derive import exact
 from polyattn.passes.forms import softmax_form
+from polyattn.watch import watchers
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -125,10 +126,14 @@ def _attention(
         plan = _plan(made is not None, setting)
         fitted = _nothing_fitted(opts, k) if fitted is None else fitted
         if made is None:
-            out, lse = dense.forward(q, k, v, scale, causal)
-            return dense.tokens_first(out), lse.to(accumulator), fitted, plan
-        out = dense.tokens_first(made.out.reshape(*q.shape[:-1], v.shape[-1]).to(q.dtype))
-        return out, made.denominators.reshape(q.shape[:-1]), fitted, plan
+            out, stat = dense.forward(q, k, v, scale, causal)
+            out, stat = dense.tokens_first(out), stat.to(accumulator)
+        else:
+            out = dense.tokens_first(made.out.reshape(*q.shape[:-1], v.shape[-1]).to(q.dtype))
+            stat = made.denominators.reshape(q.shape[:-1])
+        for watcher in watchers():
+            watcher.forward(site, state, (q, k, v), out, None if made is None else setting)
+        return out, stat, fitted, plan
 
 
 def _plan(low_rank: bool, setting: lowrank_op.Setting) -> torch.Tensor:
@@ -202,6 +207,8 @@ def _attention_backward(
             results.append(dense.tokens_first(x.reshape(like.shape).to(like.dtype)))
         else:
             results.append(like.new_zeros(0))
+    for watcher in watchers():
+        watcher.backward(g, (q, k, v), causal, [x if need else None for need, x in zip(needs, results, strict=True)])
     return results[0], results[1], results[2]
 
 
