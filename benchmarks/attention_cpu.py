@@ -22,9 +22,7 @@ import torch
 from polyattn import lowrank_op
 from polyattn.codegen import exact
 from polyattn.codegen.evaluate import Evaluation
-from polyattn.passes import derive
-from polyattn.passes.forms import softmax_form
-from polyattn.passes.kernels import kernels
+from polyattn.passes.kernels import exact_nodes, kernels
 from polyattn.rewriter.landmarks import fit
 from polyattn.rewriter.lowrank import Approximation
 
@@ -81,7 +79,7 @@ def row(heads: int, n: int, d: int, causal: bool, chunks: tuple[int, ...]) -> li
     generator = torch.Generator().manual_seed(0)
     q, k, v, g = (torch.randn(1, heads, n, d, generator=generator) * 0.3 for _ in range(4))
     scale = d**-0.5
-    program = derive.exact(softmax_form(causal))
+    nodes = exact_nodes(causal)
     settings = settings_of(q, k, v, scale, causal, chunks)
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in ("exact", *settings)}
     for setting in settings.values():
@@ -93,7 +91,7 @@ def row(heads: int, n: int, d: int, causal: bool, chunks: tuple[int, ...]) -> li
                 out, lse = exact.forward(q, k, v, scale, causal)
                 first = time.perf_counter() - start
                 tensors = (q, k, v)
-                second = timed(lambda: exact.backward(program, g, tensors, out, lse, scale, causal))  # noqa: B023
+                second = timed(lambda: exact.backward(nodes, g, tensors, out, lse, scale, causal))  # noqa: B023
             else:
                 setting = settings[name]
                 start = time.perf_counter()

@@ -7,25 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
-import sympy
 import torch
 
-from polyattn.codegen import tables
+from polyattn.codegen.operations import Operations
 from polyattn.codegen.schedule import accumulates, is_state
 from polyattn.codegen.spec import QUERY_SIDE, KernelSpec, Loop
 from polyattn.codegen.tables import Scalars
-from polyattn.errors import ScheduleError
 from polyattn.rewriter import features
 from polyattn.rewriter.expr import D, E
 from polyattn.rewriter.features import rank_symbol
-from polyattn.rewriter.interpret import take_part
 from polyattn.rewriter.plan import Node
 from polyattn.rewriter.skeleton import M
 
 TILE_ELEMENTS = 1 << 19
 """Elements of one block's feature tile, all heads of a group together."""
-_LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def block_length(rank: int, groups: int) -> int:
@@ -33,7 +28,7 @@ def block_length(rank: int, groups: int) -> int:
     return max(16, min(2048, TILE_ELEMENTS // max(1, rank * groups)))
 
 
-class Evaluation:
+class Evaluation(Operations):
     """Runs a specification on inputs of one batch of heads.
 
     Args:
@@ -52,16 +47,14 @@ class Evaluation:
         basis: features.Basis,
         block: int,
     ) -> None:
-        self.spec, self.inputs, self.scalars = spec, inputs, scalars
-        self.basis, self.block = basis, block
+        super().__init__(inputs, scalars, basis)
+        self.spec, self.block = spec, block
         self.states: dict[Node, torch.Tensor] = {}
         self.outputs: dict[str, torch.Tensor] = {}
         self.parts: dict[Node, list[torch.Tensor]] = {}
         self.totals: dict[Node, torch.Tensor] = {}
         self.own: str | None = None
         """In a band, the token that a loop walks; of the other one it sees neighbouring chunks as well."""
-        sample = next(t for t in inputs.values())
-        self.dtype, self.device = sample.dtype, sample.device
 
     def run(self) -> dict[str, torch.Tensor]:
         """Execute every loop; returns outputs and returned states by name."""
@@ -94,7 +87,7 @@ class Evaluation:
             for state in loop.accumulate:
                 if any(a.tokens and self._value(a, tiles, running, start).shape[-len(a.axes)] == 0 for a in state.args):
                     continue
-                part = self._contract(state, [self._value(a, tiles, running, start) for a in state.args])
+                part = self.contract(state, [self._value(a, tiles, running, start) for a in state.args])
                 running[state] = running[state].add_(part) if state in running else part
         for state, value in running.items():
             if not state.scanned:
@@ -109,7 +102,7 @@ class Evaluation:
                 tiles[tile] = self._tile(tile, tiles, {}, start)
             for state in loop.accumulate:
                 values = [self._value(a, tiles, {}, start) for a in state.args]
-                self.parts.setdefault(state, []).append(self._contract(state, values))
+                self.parts.setdefault(state, []).append(self.contract(state, values))
 
     def _elsewhere(self, state: Node, start: int) -> torch.Tensor:
         """The sum over all chunks but the one at ``start`` and its neighbours."""
@@ -148,14 +141,8 @@ class Evaluation:
         if n not in self.states:
             if n.op == "input":
                 return self.inputs[n.attr]
-            self.states[n] = self._apply(n, [self._state(a) if is_state(a) else self._constant(a) for a in n.args])
+            self.states[n] = self.apply(n, [self._state(a) if is_state(a) else self.constant(a) for a in n.args])
         return self.states[n]
-
-    def _constant(self, n: Node) -> torch.Tensor:
-        return tables.weights([tables.value(c, self.scalars) for c in n.attr], self.basis, self.dtype, self.device)
-
-    def _number(self, c: sympy.Expr) -> float:
-        return tables.number(c, self.scalars)
 
     # -- tiles ---------------------------------------------------------------------------------------------------
 
@@ -192,7 +179,7 @@ class Evaluation:
         if n.op == "input":
             return self._rows(n.attr, start)
         if n.op == "weights":
-            return self._constant(n)
+            return self.constant(n)
         if n.op == "mask":
             groups = self.inputs["Q"].shape[1]
             if self.spec.mask == "band":
@@ -203,63 +190,4 @@ class Evaluation:
             i = torch.arange(rows, device=self.device).repeat(groups)
             j = torch.arange(columns, device=self.device)
             return (j[None, :] <= i[:, None]).to(self.dtype)
-        return self._apply(n, [self._value(a, tiles, running, start) for a in n.args])
-
-    def _apply(self, n: Node, args: list[torch.Tensor]) -> torch.Tensor:
-        if n.op == "contract":
-            return self._contract(n, args)
-        if n.op == "features":
-            return features.generate(args[0], self.basis.below(n.attr))
-        if n.op == "map":
-            return args[0].exp() if n.attr == "exp" else args[0].reciprocal()
-        if n.op == "gather":
-            position, degree = n.attr
-            selected = features.selection(self.basis.below(degree))
-            axis = args[0].ndim - len(n.args[0].axes) + position
-            taken = args[0]
-            if (selected < 0).any():  # what is not among the columns of a nested form is zero
-                taken = torch.cat([taken, torch.zeros_like(taken.narrow(axis, 0, 1))], axis)
-                selected = np.where(selected < 0, taken.shape[axis] - 1, selected)
-            sigma = torch.as_tensor(selected, device=self.device)
-            taken = taken.index_select(axis, sigma.flatten())
-            return taken.reshape(*taken.shape[:axis], *sigma.shape, *taken.shape[axis + 1 :])
-        if n.op == "part":
-            return take_part(args[0], *n.attr)
-        if n.op == "concat":
-            return self._concat(n, args)
-        if n.op == "sum":
-            return self._sum(n, args)
-        raise ScheduleError(f"evaluate has no meaning for {n.op}")
-
-    def _concat(self, n: Node, args: list[torch.Tensor]) -> torch.Tensor:
-        widths, constants = n.attr
-        pending = iter(args)
-        wide = args[next(p for p, w in enumerate(w for w, c in zip(widths, constants, strict=True) if c is None) if w)]
-        columns = []
-        for width, constant in zip(widths, constants, strict=True):
-            if constant is not None:
-                columns.append(torch.full_like(wide[..., :1], self._number(constant)))
-            else:
-                x = next(pending)
-                columns.append(x if width is not None else x.unsqueeze(-1))
-        return torch.cat(columns, dim=-1)
-
-    def _sum(self, n: Node, args: list[torch.Tensor]) -> torch.Tensor:
-        coefficients, orders = n.attr
-        total: torch.Tensor | None = None
-        for c, order, x, source in zip(coefficients, orders, args, n.args, strict=True):
-            batch = x.ndim - len(source.axes)
-            present = [p for p in order if p is not None]
-            y = x.permute(*range(batch), *(batch + p for p in present))
-            for position, p in enumerate(order):
-                if p is None:
-                    y = y.unsqueeze(batch + position)
-            y = y if c == 1 else y * self._number(c)
-            total = y if total is None else total + y
-        assert total is not None
-        return total
-
-    def _contract(self, n: Node, args: list[torch.Tensor]) -> torch.Tensor:
-        patterns, result = n.attr
-        inputs = ",".join("..." + "".join(_LETTERS[p] for p in pattern) for pattern in patterns)
-        return torch.einsum(f"{inputs}->...{''.join(_LETTERS[p] for p in result)}", *args)
+        return self.apply(n, [self._value(a, tiles, running, start) for a in n.args])

@@ -1,36 +1,29 @@
 """Exact attention: torch's fused kernel where it takes the tensors, else blocks of rows through the algebra.
 
 The second way serves single rows too (audits, rows whose low-rank denominator is not positive). Its gradients are the
-traced autograd graph of the exact form, evaluated densely with each row's maximum subtracted, which softmax ignores.
+traced autograd graph of the exact form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from polyattn.codegen import fused
-from polyattn.rewriter.expr import Map, Program, Tensor
-from polyattn.rewriter.interpret import Interpreter
+from polyattn.codegen.rectangle import Exact, Rectangle
 
-ROWS = 256
-
-
-class _Shifted(Interpreter):
-    """exp is taken of scores minus their row's maximum over the keys that the mask allows."""
-
-    def tensor(self, tensor: Tensor) -> torch.Tensor:
-        if isinstance(tensor, Map) and tensor.function == "exp":
-            score = self.tensor(tensor.argument)
-            if "M" in self.inputs:
-                score = score.masked_fill(self.inputs["M"] == 0, float("-inf"))
-            return torch.exp(score - score.amax(1, keepdim=True))
-        return super().tensor(tensor)
+PAIRS = 1 << 22
+"""Pairs of a query and a key at once."""
 
 
 def _mask(rows: torch.Tensor, n_k: int, dtype: torch.dtype) -> torch.Tensor:
     return (torch.arange(n_k, device=rows.device)[None, :] <= rows[:, None]).to(dtype)
+
+
+def _blocks(rows: torch.Tensor, n_k: int) -> Iterator[slice]:
+    step = max(1, PAIRS // n_k)
+    return (slice(at, at + step) for at in range(0, len(rows), step))
 
 
 def rows_forward(
@@ -38,16 +31,16 @@ def rows_forward(
 ) -> torch.Tensor:
     """Exact outputs of some rows of one head: q [s, d] at positions ``rows`` [s], k [n_k, d], v [n_k, e] → [s, e]."""
     out = []
-    for at in range(0, len(rows), ROWS):
-        score = q[at : at + ROWS] @ k.mT * scale
+    for part in _blocks(rows, len(k)):
+        score = q[part] @ k.mT * scale
         if causal:
-            score = score.masked_fill(_mask(rows[at : at + ROWS], len(k), k.dtype) == 0, float("-inf"))
+            score = score.masked_fill(_mask(rows[part], len(k), k.dtype) == 0, float("-inf"))
         out.append(torch.softmax(score, -1) @ v)
     return torch.cat(out) if out else v.new_zeros(0, v.shape[-1])
 
 
 def rows_backward(
-    program: Program,
+    nodes: Exact,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -56,18 +49,23 @@ def rows_backward(
     scale: float,
     causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of rows_forward's result: dQ of the rows [s, d] and their share of dK and dV."""
-    dq, dk, dv = [], torch.zeros_like(k), torch.zeros_like(v)
-    for at in range(0, len(rows), ROWS):
-        part = slice(at, at + ROWS)
+    """Gradients of rows_forward's result: dQ of the rows [s, d] and their share of dK and dV.
+
+    Args:
+        nodes: of exact attention, causal or not.
+    """
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for part in _blocks(rows, len(k)):
         inputs = {"Q": q[part], "K": k, "V": v, "G": g[part]}
         if causal:
             inputs["M"] = _mask(rows[part], len(k), k.dtype)
-        made = _Shifted(inputs, {"s": scale}).program(program)
-        dq.append(made["dQ"])
-        dk += made["dK"]
-        dv += made["dV"]
-    return torch.cat(dq) if dq else q.new_zeros(0, q.shape[-1]), dk, dv
+        block = Rectangle(inputs, scale)
+        d = block.value(nodes.denominator)
+        block.read(O=block.value(nodes.numerator) / d[:, None], D=d)
+        dq[part] = block.value(nodes.gradients["dQ"])
+        dk += block.value(nodes.gradients["dK"])
+        dv += block.value(nodes.gradients["dV"])
+    return dq, dk, dv
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------
@@ -168,7 +166,7 @@ def forward(
 
 
 def backward(
-    program: Program,
+    nodes: Exact,
     g: torch.Tensor,
     tensors: Sequence[torch.Tensor],
     out: torch.Tensor,
@@ -187,7 +185,7 @@ def backward(
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
             c = h // groups
-            made = rows_backward(program, q[b, h], k[b, c], v[b, c], g[b, h], rows, scale, causal)
+            made = rows_backward(nodes, q[b, h], k[b, c], v[b, c], g[b, h], rows, scale, causal)
             dq[b, h] = made[0]
             dk[b, c] += made[1]
             dv[b, c] += made[2]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import sympy
 
+from polyattn.codegen.rectangle import Exact
 from polyattn.codegen.schedule import schedule, substitute
 from polyattn.codegen.spec import NEAR, KernelSpec
 from polyattn.errors import ScheduleError
@@ -68,6 +69,16 @@ def saved_by_forward(made: Plan) -> dict[Node, Node]:
 def exact_plan(form: str) -> Plan:
     """The plan of a form and its gradients with nothing approximated, ordered and stacked like any other."""
     return plan(stack(absorb(exact(form))))
+
+
+@functools.cache
+def exact_nodes(causal: bool) -> Exact:
+    """What exact attention is computed from where its pairs of tokens are few (codegen/rectangle.py)."""
+    made = exact_plan(softmax_form(causal))
+    known = saved_by_forward(made)
+    denominator = next(n for n, read in known.items() if read.attr == "D")
+    numerator = next(n for n, read in known.items() if read.op == "contract")
+    return Exact(numerator, denominator, {name: substitute(made.outputs[name], known) for name in ("dQ", "dK", "dV")})
 
 
 def exact_cost(form: str) -> sympy.Expr:

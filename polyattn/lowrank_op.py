@@ -18,9 +18,7 @@ from polyattn.codegen.evaluate import block_length
 from polyattn.codegen.shift import STATISTICS, Moved, Turn, move
 from polyattn.codegen.spec import KernelSpec
 from polyattn.codegen.tables import Scalars
-from polyattn.passes.derive import exact
-from polyattn.passes.forms import softmax_form
-from polyattn.passes.kernels import Kernels, kernels
+from polyattn.passes.kernels import Kernels, exact_nodes, kernels
 from polyattn.rewriter import features
 from polyattn.rewriter.lowrank import Approximation
 
@@ -223,7 +221,7 @@ def _with_exact_rows(
 ) -> dict[str, torch.Tensor]:
     """Low-rank gradients of the good rows, with the exact gradients of the bad ones."""
     q, k, v = tensors
-    program = exact(softmax_form(setting.causal))
+    nodes = exact_nodes(setting.causal)
     # Rows may be exact because a feature overflowed; then the low-rank part of the gradient is lost as well.
     overflow = not all(bool(torch.isfinite(x).all()) for x in result.values())
     total = {name: torch.zeros_like(x) if overflow else x for name, x in result.items()}
@@ -234,7 +232,7 @@ def _with_exact_rows(
             if not len(rows):
                 continue
             dq, dk, dv = dense.rows_backward(
-                program, q[h, group, rows], k[h], v[h], g[h, group, rows], rows, setting.scale, setting.causal
+                nodes, q[h, group, rows], k[h], v[h], g[h, group, rows], rows, setting.scale, setting.causal
             )
             if "dQ" in total:
                 total["dQ"][h, group, rows] = dq

@@ -22,8 +22,7 @@ from polyattn.codegen import exact as dense
 from polyattn.errors import DeviceError, DoubleBackwardError, DtypeError, ShapeError
 from polyattn.guard import SiteState, Ticket
 from polyattn.options import Options
-from polyattn.passes.derive import exact
-from polyattn.passes.forms import softmax_form
+from polyattn.passes.kernels import exact_nodes
 from polyattn.watch import watchers
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -199,8 +198,7 @@ def _attention_backward(
             setting = lowrank_op.Setting.of(plan[1:], scale, causal, fitted)
             made = lowrank_op.backward(g, q, k, v, out, stat, setting, needs)
         else:
-            program = exact(softmax_form(causal))
-            made = dense.backward(program, g, (q, k, v), out, stat, scale, causal)
+            made = dense.backward(exact_nodes(causal), g, (q, k, v), out, stat, scale, causal)
     results = []
     for need, x, like in zip(needs, made, (q, k, v), strict=True):
         if need and x is not None:
