@@ -55,6 +55,8 @@ class SiteState:
     """How the coefficients of a polynomial are found (``Options.polynomial``)."""
     band: bool
     """Whether, without a mask, keys of neighbouring chunks are exact."""
+    heavy: int
+    """Keys of each head that are exact for every query."""
     shape: dict[str, int]
     flops_before: int
     flops_after: int
@@ -138,7 +140,12 @@ class SiteState:
             self.flops_after, self.flops_after_symbolic = self.flops_before, self.flops_before_symbolic
             self.degree = self.rank = self.chunk = None
             self.shift = self.features = "none"
-            self.band = False
+            self.band, self.heavy = False, 0
+
+    @property
+    def weighted(self) -> bool:
+        """Whether kernels take weights of the keys."""
+        return self.shift != "none" or self.heavy > 0
 
 
 def seed(options: Options, site: str, what: object) -> int:
@@ -207,10 +214,11 @@ def costs(
     weighted: bool = False,
     rank: int | None = None,
     band: bool = False,
+    heavy: int = 0,
 ) -> tuple[int, int]:
     """The same as numbers, for all heads; grouped queries count as further rows of a key head.
 
-    ``rank``: features at most; None: all monomials.
+    ``rank``: features at most; None: all monomials. ``heavy``: keys of each head that are exact for every query.
     """
     groups = shape["heads"] // shape["kv_heads"]
     values = {N_Q: shape["n_q"] * groups, N_K: shape["n_k"], D: shape["d"], E: shape["e"], CHUNK: chunk}
@@ -221,7 +229,8 @@ def costs(
         values |= dict(zip((R, R1), (min(r, rank or r) for r in full), strict=True))
     heads = shape["batch"] * shape["kv_heads"]
     before, after = symbolic_costs(causal, degree, gradient, weighted, band)
-    return int(before.subs(values)) * heads, int(after.subs(values)) * heads
+    few = exact_cost(softmax_form(False)).subs(values | {N_K: heavy}) if heavy else 0
+    return int(before.subs(values)) * heads, int(after.subs(values) + few) * heads
 
 
 def chunk_length(options: Options, d: int, device: str, causal: bool = True) -> int:
@@ -248,8 +257,9 @@ def decide(shape: dict[str, int], causal: bool, options: Options, device: str) -
     chunk, rank = chunk_length(options, shape["d"], device, causal), options.resolved_rank(shape["d"])
     moved = options.resolved_shift(causal)
     band = options.band(causal)
-    before, after = costs(shape, causal, degree, gradient, chunk, moved != "none", rank, band)
-    symbolic = symbolic_costs(causal, degree, gradient, moved != "none", band)
+    weighted, heavy = options.weighted(causal), min(options.heavy_keys + len(options.exact_keys), shape["n_k"])
+    before, after = costs(shape, causal, degree, gradient, chunk, weighted, rank, band, heavy)
+    symbolic = symbolic_costs(causal, degree, gradient, weighted, band)
     verdict: Literal["low_rank", "exact"] = "low_rank"
     if options.policy == "exact":
         verdict, reason = "exact", "policy='exact'"
@@ -273,6 +283,7 @@ def decide(shape: dict[str, int], causal: bool, options: Options, device: str) -
         shift=moved if low else "none",
         polynomial=options.polynomial,
         band=band and low,
+        heavy=heavy if low else 0,
         shape=shape,
         flops_before=before,
         flops_after=after if low else before,

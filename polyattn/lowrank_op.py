@@ -8,14 +8,14 @@ fitted to, are computed exactly, forward and backward.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from polyattn.codegen import exact as dense
-from polyattn.codegen import target
+from polyattn.codegen import heavy, target
 from polyattn.codegen.evaluate import block_length
-from polyattn.codegen.shift import STATISTICS, Moved, Turn, move
+from polyattn.codegen.shift import STATISTICS, Heavy, Moved, Turn, move
 from polyattn.codegen.spec import KernelSpec
 from polyattn.codegen.tables import Scalars
 from polyattn.passes.kernels import Kernels, exact_nodes, kernels
@@ -30,8 +30,8 @@ GRADIENTS = ("consistent", "substituted")
 OUTLIERS = 1 / 64
 """Rows outside of what was fitted are exact where they are no larger part of a call than this; where they are more, the
 fit does not suit the call, and an audit says so."""
-NUMBERS = 9
-"""Of a setting, as its backward gets them: five, and the widths of up to four degrees."""
+NUMBERS = 10
+"""Of a setting, as its backward gets them: six, and the widths of up to four degrees; then the named positions."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Setting:
 
     band: bool = False
     """Without a mask: whether keys in a query's chunk and next to it stay exact."""
+    heavy: Heavy = field(default_factory=Heavy)
+    """Which keys stay exact wherever the query stands."""
     widths: tuple[int, ...] = ()
     """Of a nested polynomial (features.Basis); nothing for the full form."""
     fitted: torch.Tensor | None = None
@@ -67,14 +69,15 @@ class Setting:
             self.chunk,
             STATISTICS.index(self.shift),
             int(self.band),
+            self.heavy.count,
             *self.widths,
         ]
-        return torch.tensor(made + [0] * (NUMBERS - len(made)))
+        return torch.tensor([*made, *[0] * (NUMBERS - len(made)), *self.heavy.positions])
 
     @classmethod
     def of(cls, numbers: torch.Tensor, scale: float, causal: bool, fitted: torch.Tensor) -> Setting:
         """The inverse of :meth:`numbers`; ``fitted`` has no elements where nothing is."""
-        degree, gradient, chunk, shift, band, *widths = numbers.tolist()
+        degree, gradient, chunk, shift, band, count, *widths = numbers.tolist()
         return cls(
             scale,
             causal,
@@ -83,13 +86,14 @@ class Setting:
             chunk,
             STATISTICS[shift],
             bool(band),
+            Heavy(count, tuple(widths[NUMBERS - 6 :])),
             tuple(w for w in widths[:degree] if widths[0]),
             fitted if fitted.numel() else None,
         )
 
     @property
     def weighted(self) -> bool:
-        return self.shift != "none"
+        return self.shift != "none" or bool(self.heavy)
 
     @property
     def kernels(self) -> Kernels:
@@ -127,7 +131,7 @@ class Setting:
         turn = None
         if packed is not None:
             turn = Turn(packed[:, :d, :d].contiguous(), packed[:, d : 2 * d, :d].contiguous())
-        return move(q, k, self.scale, self.shift, self.chunk, turn)
+        return move(q, k, self.scale, self.shift, self.chunk, turn, self.heavy)
 
 
 @dataclass(frozen=True)
@@ -159,9 +163,13 @@ def grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Grouped:
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, setting: Setting) -> Forward:
     """Low-rank attention of grouped tensors."""
     made = setting.kernels
-    inputs = {"V": v, **setting.moved(q, k).inputs, **setting.skeleton(len(k), q)}
+    moved = setting.moved(q, k)
+    inputs = {"V": v, **moved.inputs, **setting.skeleton(len(k), q)}
     result = _run(made.forward, inputs, setting)
     out, denominators = result["O"], result["D"]
+    if moved.heavy is not None:
+        nodes = exact_nodes(setting.causal)
+        out, denominators = heavy.forward(nodes, (q, k, v), moved, out, denominators, setting.scale, setting.causal)
     bad = ~(torch.isfinite(denominators) & (denominators > 0) & torch.isfinite(out).all(-1))
     if setting.radius is not None:
         radius = setting.radius.to(q.dtype).repeat(len(k) // len(setting.radius))
@@ -211,6 +219,10 @@ def backward(
         result["dQ"] = moved.query_gradient(result["dQ"])
     if "dK" in result:
         result["dK"] = moved.key_gradient(result["dK"], result.pop("dB", None), setting.scale)
+    if moved.heavy is not None:
+        tensors = (qs.masked_fill(bad.unsqueeze(-1), 0.0) if some else qs, ks, vs)
+        nodes = exact_nodes(setting.causal)
+        heavy.backward(nodes, tensors, moved, low_g, low_o, low_d, setting.scale, setting.causal, result)
     if some:
         result = _with_exact_rows(result, bad, (qs, ks, vs), gs, setting)
     return result.get("dQ"), result.get("dK"), result.get("dV")

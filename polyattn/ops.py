@@ -19,6 +19,7 @@ import torch
 from polyattn import fitting, guard, keymask, lowrank_op
 from polyattn.audit import audit
 from polyattn.codegen import exact as dense
+from polyattn.codegen.shift import Heavy
 from polyattn.errors import DeviceError, DoubleBackwardError, DtypeError, ShapeError
 from polyattn.guard import SiteState, Ticket
 from polyattn.options import Options
@@ -109,6 +110,7 @@ def _attention(
         chunk,
         opts.resolved_shift(causal),
         opts.band(causal),
+        Heavy(opts.heavy_keys, opts.exact_keys),
     )
     if q.numel() == 0 or k.numel() == 0:  # nothing to decide, and nothing that torch's kernel survives
         out, stat = dense.empty_tokens_first(q, v.shape[-1]).zero_(), q.new_zeros(q.shape[:-1], dtype=accumulator)
@@ -165,8 +167,10 @@ def _(q: Any, k: Any, v: Any, owners: Any, scale: Any, causal: Any, site: Any, o
     accumulator = lowrank_op.accumulator(q.dtype)
     out = dense.empty_tokens_first(q, v.shape[-1])
     stat = q.new_empty(q.shape[:-1], dtype=accumulator)
-    fitted = q.new_empty(fitting.shape(_options(options), k), dtype=accumulator)
-    return out, stat, fitted, torch.empty(1 + lowrank_op.NUMBERS, dtype=torch.int64, device="cpu")
+    opts = _options(options)
+    fitted = q.new_empty(fitting.shape(opts, k), dtype=accumulator)
+    numbers = 1 + lowrank_op.NUMBERS + len(opts.exact_keys)
+    return out, stat, fitted, torch.empty(numbers, dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op(

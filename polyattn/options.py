@@ -19,6 +19,8 @@ Polynomial = Literal["taylor", "minimax", "least_squares"]
 CausalStats = Literal["call", "first_chunk"]
 
 MAX_DEGREE = 4
+MAX_HEAVY = 1024
+"""Keys that are exact for every query: each costs as much as two features."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,11 @@ class Options:
     """Without a mask, keys of a query's own chunk and of the two next to it stay exact, chunks of so many tokens: all
     keys at most that far away. For heads that look at their neighbourhood; None: no key. Under a causal mask the chunk
     itself is exact (``causal_chunk``)."""
+    heavy_keys: int = 0
+    """So many keys of each head stay exact for every query: those of the largest norm around the mean key (with
+    ``causal_stats="first_chunk"`` under a causal mask, of the first chunk)."""
+    exact_keys: tuple[int, ...] = ()
+    """Positions of further keys that stay exact for every query, such as an attention sink at 0."""
     causal_chunk: int | None = None
     """Tokens per chunk under a causal mask (exact exp inside a chunk); None chooses one near the rank."""
     audit_rows: int = 64
@@ -118,6 +125,15 @@ class Options:
         _check("causal_chunk", chunk is None or (_is_int(chunk) and chunk >= 1), chunk, "a positive integer or None")
         near = self.near_field
         _check("near_field", near is None or (_is_int(near) and near >= 1), near, "a positive integer or None")
+        heavy, named = self.heavy_keys, self.exact_keys
+        _check("heavy_keys", _is_int(heavy) and 0 <= heavy <= MAX_HEAVY, heavy, f"an integer from 0 to {MAX_HEAVY}")
+        _check(
+            "exact_keys",
+            isinstance(named, (tuple, list)) and all(_is_int(p) and p >= 0 for p in named) and len(named) <= MAX_HEAVY,
+            named,
+            f"a tuple of at most {MAX_HEAVY} positions, each an integer >= 0",
+        )
+        object.__setattr__(self, "exact_keys", tuple(sorted(set(named))))
         _check("audit_rows", _is_int(self.audit_rows) and self.audit_rows >= 0, self.audit_rows, "an integer >= 0")
         _check("audit_every", _is_int(self.audit_every) and self.audit_every >= 0, self.audit_every, "an integer >= 0")
         sites = self.expect_sites
@@ -173,6 +189,10 @@ class Options:
     def band(self, causal: bool) -> bool:
         """Whether near keys stay exact without a mask."""
         return self.near_field is not None and not causal
+
+    def weighted(self, causal: bool) -> bool:
+        """Whether kernels take weights of the keys."""
+        return self.resolved_shift(causal) != "none" or self.heavy_keys > 0 or len(self.exact_keys) > 0
 
     def key(self) -> str:
         """The fields that change what a site computes, as canonical JSON: the ``options`` argument of the ops."""

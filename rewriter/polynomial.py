@@ -163,7 +163,7 @@ def sample(
     Args:
         q: queries [heads, elements, n_q, d]; k: keys [heads, elements, n_k, d], both shifted; a query attends to the
             keys of its own batch element.
-        weights: of the keys, [heads, elements, n_k].
+        weights: of the keys, [heads, elements, n_k]; 0 for keys that are computed exactly elsewhere.
         causal: a query attends to the keys up to its own position.
         near: chunk length where near pairs stay exact: of one chunk under a causal mask, of neighbouring ones without.
     """
@@ -175,6 +175,7 @@ def sample(
     plain = torch.where(seen, 0.0, -math.inf).to(q.dtype) + weights.log()[:, None]
     logits = plain + scale * rows @ k.mT
     total = logits.logsumexp(2, keepdim=True)
+    total = total.masked_fill(total == -math.inf, 0)
     return Sample(rows, k, (logits - total).exp(), plain - total, seen & ~pairs.far(drawn, every), scale)
 
 
@@ -206,8 +207,10 @@ class _Head:
     """
 
     def __init__(self, data: Sample, turn: Turn, basis: Basis, h: int) -> None:
-        rows, keys, self.p, logs = (x[h].cpu() for x in (data.q, data.k, data.p, data.logs))
-        far = logs.exp().masked_fill(data.near.cpu(), 0)
+        some = (data.p[h].sum(1) > 0).cpu()  # the others see no key but those that have no weight
+        rows, self.p, logs = (x[h].cpu()[some] for x in (data.q, data.p, data.logs))
+        keys = data.k[h].cpu()
+        far = logs.exp().masked_fill(data.near.cpu()[some], 0)
         q, k, d = rows @ turn.q[h].cpu(), keys @ turn.k[h].cpu(), basis.d
         terms = [far]
         for m, width in enumerate(basis.widths, 1):
@@ -260,7 +263,7 @@ class _Head:
         return torch.where(total > 0, made / total - self.p, 2.0)
 
     def error(self, c: np.ndarray) -> float:
-        return float(self.off(c).abs().sum(1).mean())
+        return float(self.off(c).abs().sum(1).mean()) if len(self.p) else 0.0
 
 
 def positive(c: np.ndarray, h: np.ndarray, g: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ import torch
 
 Approximate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """From shifted queries, shifted keys (one for each query head) and their logits to what stands for exp."""
+Heavy = tuple[int, tuple[int, ...]]
 
 
 def dense_polynomial(
@@ -20,13 +21,14 @@ def dense_polynomial(
     chunk: int,
     substituted: bool,
     shift: str = "none",
+    heavy: Heavy = (0, ()),
 ) -> torch.Tensor:
     """Attention through the polynomial of a degree."""
 
     def polynomial(q: torch.Tensor, k: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return torch.stack([x**m / math.factorial(m) for m in range(degree + 1)]).sum(0)
 
-    return _dense(q, k, v, polynomial, chunk if causal else None, substituted, shift, chunk)
+    return _dense(q, k, v, polynomial, chunk if causal else None, substituted, shift, chunk, heavy=heavy)
 
 
 def dense_skeleton(
@@ -37,6 +39,7 @@ def dense_skeleton(
     substituted: bool,
     chunk: int | None = None,
     band: bool = False,
+    heavy: Heavy = (0, ()),
 ) -> torch.Tensor:
     """Attention through Φ Z Rᵀ with given landmarks, which are constants of the differentiation."""
     d, scale = q.shape[-1], 1 / math.sqrt(q.shape[-1])
@@ -46,7 +49,26 @@ def dense_skeleton(
     def skeleton(q: torch.Tensor, k: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return (scale * q @ kappa.mT).exp() @ core @ (scale * k @ lam.mT).exp().mT
 
-    return _dense(q, k, v, skeleton, chunk, substituted, "call", None, band)
+    return _dense(q, k, v, skeleton, chunk, substituted, "call", None, band, heavy)
+
+
+def _heavy(k: torch.Tensor, count: int, positions: tuple[int, ...], some: int | None) -> torch.Tensor:
+    """Which keys have exp, [batch, heads, n_k]."""
+    named = torch.zeros_like(k[..., 0], dtype=torch.bool)
+    named[..., [p for p in positions if p < k.shape[2]]] = True
+    allowed = ~named
+    allowed[:, :, k.shape[2] if some is None else some :] = False
+    chosen = named
+    for _ in range(2):
+        norms = (k - _mean(k, chosen, some)).norm(dim=-1).masked_fill(~allowed, -1.0)
+        chosen = named | (allowed & (norms.argsort(-1, descending=True).argsort(-1) < count))
+    return chosen
+
+
+def _mean(k: torch.Tensor, without: torch.Tensor, some: int | None) -> torch.Tensor:
+    """Mean of the first keys, [batch, heads, 1, d]."""
+    keep = (~without).to(k.dtype)[:, :, :some, None]
+    return (k[:, :, :some] * keep).sum(2, keepdim=True) / keep.sum(2, keepdim=True).clamp_min(1)
 
 
 def _dense(
@@ -59,6 +81,7 @@ def _dense(
     shift: str,
     first: int | None,
     band: bool = False,
+    heavy: Heavy = (0, ()),
 ) -> torch.Tensor:
     """Attention with an approximation in place of exp.
 
@@ -66,11 +89,13 @@ def _dense(
 
     ``shift``: the mean query u and the mean key c of each key head are taken off before (with ``first_chunk`` those of
     the first tokens), and each key weighs exp(u·(k − c)); they are constants of the differentiation.
+
+    ``heavy``: how many keys of largest norm around the mean, and keys at which positions, have exp.
     """
     groups, scale = q.shape[1] // k.shape[1], 1 / math.sqrt(q.shape[-1])
     u, c, some = torch.zeros(()), torch.zeros(()), first if shift == "first_chunk" else None
     if shift != "none":
-        c = k.detach()[:, :, :some].mean(2, keepdim=True).repeat_interleave(groups, 1)
+        c = _mean(k.detach(), _heavy(k.detach(), *heavy, some), some).repeat_interleave(groups, 1)
         by_key_head = q.detach()[:, :, :some].unflatten(1, (k.shape[1], groups))
         u = by_key_head.mean((2, 3)).repeat_interleave(groups, 1)[:, :, None]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -83,6 +108,10 @@ def _dense(
             j // chunk < i // chunk, a, torch.where((j // chunk == i // chunk) & (j <= i), x.exp(), 0.0)
         )
         a = torch.where((j // chunk - i // chunk).abs() <= 1, x.exp(), a) if band else causal
+    if heavy != (0, ()):
+        exact = _heavy(k.detach(), *heavy, some)[:, :, None]
+        hidden = chunk is not None and not band
+        a = torch.where(exact, x.exp().tril() if hidden else x.exp(), a)
     a = a * log_weights.exp()
     if substituted:
         # exp's own derivative with the approximation's value in place of exp: d a = a dx
@@ -101,6 +130,7 @@ def dense_fitted_polynomial(
     chunk: int | None = None,
     band: bool = False,
     shift: str = "call",
+    heavy: Heavy = (0, ()),
 ) -> torch.Tensor:
     """Attention through Σ_m c_m (s q'·k' over the last w_m coordinates)^m, with given matrices and coefficients."""
     d, scale = q.shape[-1], 1 / math.sqrt(q.shape[-1])
@@ -114,4 +144,4 @@ def dense_fitted_polynomial(
             total = total + c[:, m, None, None] * (scale * q[..., d - width :] @ k[..., d - width :].mT) ** m
         return total
 
-    return _dense(q, k, v, polynomial, chunk, substituted, shift, chunk, band)
+    return _dense(q, k, v, polynomial, chunk, substituted, shift, chunk, band, heavy)
