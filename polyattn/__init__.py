@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         DtypeError,
         EmitError,
         ExpectSitesError,
+        FitError,
         LiftError,
         OptionValueError,
         PolyattnError,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from polyattn.options import Options
     from polyattn.passes.site import Refusal
     from polyattn.report import Report, SiteReport
+    from polyattn.saved import fits, load_fits, refresh
 
 _HOME = {
     "reports": "polyattn.backend",
@@ -42,6 +44,9 @@ _HOME = {
     "explain": "polyattn.explain",
     "attention": "polyattn.ops",
     "Options": "polyattn.options",
+    "fits": "polyattn.saved",
+    "load_fits": "polyattn.saved",
+    "refresh": "polyattn.saved",
     "Refusal": "polyattn.passes.site",
     "Report": "polyattn.report",
     "SiteReport": "polyattn.report",
@@ -50,6 +55,7 @@ _HOME = {
     "DtypeError": "polyattn.errors",
     "EmitError": "polyattn.errors",
     "ExpectSitesError": "polyattn.errors",
+    "FitError": "polyattn.errors",
     "LiftError": "polyattn.errors",
     "OptionValueError": "polyattn.errors",
     "PolyattnError": "polyattn.errors",
@@ -65,6 +71,7 @@ __all__ = [
     "DtypeError",
     "EmitError",
     "ExpectSitesError",
+    "FitError",
     "LiftError",
     "OptionValueError",
     "Options",
@@ -79,6 +86,9 @@ __all__ = [
     "__version__",
     "attention",
     "explain",
+    "fits",
+    "load_fits",
+    "refresh",
     "reports",
     "reset",
 ]

@@ -19,17 +19,23 @@ from polyattn.options import Options
 log = logging.getLogger("polyattn")
 
 
-def audit(
-    site: str, state: SiteState, ticket: Ticket, tensors: Grouped, out: torch.Tensor, setting: Setting, options: Options
-) -> bool:
-    """Measure a low-rank output and record it; whether the site may stay low rank.
+Errors = tuple[float, float]
+"""The worst row's in the additive unit, and the relative one."""
+
+
+def holds(errors: Errors, options: Options) -> bool:
+    return errors[0] <= options.tolerance and errors[1] <= options.relative_tolerance
+
+
+def judge(site: str, state: SiteState, ticket: Ticket, errors: Errors, options: Options) -> bool:
+    """Record what an audit measured; whether the site may stay low rank.
 
     Under ``policy="auto"`` an audit that fails makes the site exact. Under ``policy="low_rank"`` the first one that
     fails is logged as a warning.
     """
-    error, relative = measure(tensors, out, setting, rows(site, ticket, tensors[0], options))
+    error, relative = errors
     state.measured(ticket, error, relative)
-    if error <= options.tolerance and relative <= options.relative_tolerance:
+    if holds(errors, options):
         return True
     found = (
         f"worst row {error:.2e} (tolerance {options.tolerance:.0e}), "
@@ -45,14 +51,14 @@ def audit(
     return True
 
 
-def rows(site: str, ticket: Ticket, q: torch.Tensor, options: Options) -> list[int]:
-    """Rows to audit, as flat indices of [heads, groups, n_q]: drawn with replacement."""
-    generator = torch.Generator().manual_seed(seed(options, site, ticket.number))
+def rows(site: str, what: object, q: torch.Tensor, options: Options) -> list[int]:
+    """Rows to audit, as flat indices of [heads, groups, n_q]: drawn with replacement, others for another ``what``."""
+    generator = torch.Generator().manual_seed(seed(options, site, what))
     count = q.shape[0] * q.shape[1] * q.shape[2]
     return torch.randint(count, (options.audit_rows,), generator=generator).tolist()
 
 
-def measure(tensors: Grouped, out: torch.Tensor, setting: Setting, drawn: list[int]) -> tuple[float, float]:
+def measure(tensors: Grouped, out: torch.Tensor, setting: Setting, drawn: list[int]) -> Errors:
     """Errors of some rows of a grouped output: the worst row's, and RMS relative to what is not mean pooling."""
     q, k, v = tensors
     groups, n = q.shape[1:3]

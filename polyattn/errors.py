@@ -27,6 +27,10 @@ class DeviceError(PolyattnError, ValueError):
     """q, k, v on different devices."""
 
 
+class FitError(PolyattnError, ValueError):
+    """Saved fits that do not belong to a model, or are none."""
+
+
 class ExpectSitesError(PolyattnError):
     """Fewer attention sites were found than ``expect_sites`` demands."""
 

@@ -1,4 +1,4 @@
-"""The fitted features of a site: made at its first low-rank call, kept with its state, used by every call after it."""
+"""The fitted features of a site: how they are made of a call's tensors, and what their shape is."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from polyattn.guard import SiteState, seed
+from polyattn.fit import Fit
+from polyattn.guard import seed
 from polyattn.lowrank_op import Setting, grouped
 from polyattn.options import Options
 from polyattn.rewriter import features, landmarks, polynomial
@@ -26,50 +27,53 @@ def shape(options: Options, k: torch.Tensor) -> tuple[int, ...]:
     return (heads, 2 * d + 1, max(d, degree + 1))
 
 
-def fitted(
+def with_fit(setting: Setting, fit: Fit) -> Setting:
+    return replace(setting, fitted=fit.values, widths=fit.widths, radius=fit.radius)
+
+
+def make(
     site: str,
-    state: SiteState,
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     setting: Setting,
     options: Options,
-) -> Setting:
-    """The setting with what is fitted to each key head, in the accumulator's dtype.
+    number: int | None,
+    times: int,
+) -> Fit:
+    """A fit to each key head, in the accumulator's dtype, of the first batch elements of a call.
 
-    The fit is made of the first batch elements of the site's first low-rank call: it belongs to a head, not to a
-    sequence. Random choices come from a generator of their own, seeded by ``Options.seed`` and the site.
+    It belongs to a head, not to a sequence. Random choices come from a generator of their own, seeded by
+    ``Options.seed``, the site and how often it was fitted before.
     """
-    with state.lock:
-        if state.fitted is None:
-            q, k, _ = grouped(*(x[:ELEMENTS] for x in tensors))
-            moved = setting.moved(q, k)
-            weights = torch.ones_like(k[..., 0]) if moved.weights is None else moved.weights
-            elements = len(q) // tensors[1].shape[1]
+    q, k, _ = grouped(*(x[:ELEMENTS] for x in tensors))
+    moved = setting.moved(q, k)
+    weights = torch.ones_like(k[..., 0]) if moved.weights is None else moved.weights
+    elements = len(q) // tensors[1].shape[1]
 
-            def by_head(x: torch.Tensor) -> torch.Tensor:
-                return x.reshape(elements, len(x) // elements, *x.shape[1:]).transpose(0, 1)
+    def by_head(x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(elements, len(x) // elements, *x.shape[1:]).transpose(0, 1)
 
-            operands = by_head(moved.q.flatten(1, 2)), by_head(moved.k), by_head(weights)
-            generator = torch.Generator().manual_seed(seed(options, site, "fit"))
-            make = _skeleton if setting.degree is None else _polynomial
-            made, error, state.widths, state.radius = make(operands, setting, options, generator)
-            state.fitted, state.fit_error = made.to(q.dtype), tuple(error.tolist())
-        return replace(setting, fitted=state.fitted, widths=state.widths, radius=state.radius)
+    operands = by_head(moved.q.flatten(1, 2)), by_head(moved.k), by_head(weights)
+    generator = torch.Generator().manual_seed(seed(options, site, f"fit {times}" if times else "fit"))
+    made, error, widths, radius = (_skeleton if setting.degree is None else _polynomial)(
+        operands, setting, options, generator
+    )
+    return Fit(made.to(q.dtype), widths, radius, tuple(error.tolist()), number)
 
 
 Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Of each head, queries and keys [heads, elements, tokens, d] and weights of the keys [heads, elements, tokens]."""
-Fit = tuple[torch.Tensor, torch.Tensor, tuple[int, ...], torch.Tensor | None]
+Made = tuple[torch.Tensor, torch.Tensor, tuple[int, ...], torch.Tensor | None]
 """What is kept, error of each head, widths of a nested polynomial, radius of each head."""
 
 
-def _skeleton(operands: Operands, setting: Setting, options: Options, generator: torch.Generator) -> Fit:
+def _skeleton(operands: Operands, setting: Setting, options: Options, generator: torch.Generator) -> Made:
     q, k, weights = operands
     m, near = options.resolved_rank(k.shape[-1]), setting.chunk if setting.causal or setting.band else None
     made = landmarks.fit(q, k, weights, setting.scale, m, generator, setting.causal, near=near)
     return torch.cat([made.keys, made.queries, made.core], 2), made.error, (), made.radius
 
 
-def _polynomial(operands: Operands, setting: Setting, options: Options, generator: torch.Generator) -> Fit:
+def _polynomial(operands: Operands, setting: Setting, options: Options, generator: torch.Generator) -> Made:
     q, k, weights = operands
     degree, d = setting.degree or 0, k.shape[-1]
     near = setting.chunk if setting.causal or setting.band else None

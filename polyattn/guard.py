@@ -12,13 +12,13 @@ import hashlib
 import math
 import os
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import sympy
 import torch
 
+from polyattn.fit import Fit
 from polyattn.options import Options
 from polyattn.passes.forms import softmax_form
 from polyattn.passes.kernels import exact_cost, kernels
@@ -35,6 +35,8 @@ class Ticket:
     number: int | None
     low_rank: bool
     audit: bool = False
+    fit: Fit | None = None
+    """Of a recomputation: the one that its first run took."""
 
 
 @dataclass
@@ -75,17 +77,32 @@ class SiteState:
     audited_call: int = 0
     """Number of the last audited call, from 1; 0 before the first audit."""
     exact_rows: int = 0
-    fitted: torch.Tensor | None = field(default=None, repr=False, compare=False)
-    """What was fitted at the first low-rank call, as :class:`polyattn.lowrank_op.Setting` has it."""
-    widths: tuple[int, ...] = ()
-    """Of a nested polynomial; nothing for the full form."""
-    radius: torch.Tensor | None = field(default=None, repr=False, compare=False)
-    """Of fitted features: the largest norm of a shifted query that the fit saw, [kv_heads]; None: not known."""
-    fit_error: tuple[float, ...] = ()
-    """Of each key head, the mean error of softmax rows that the fit did not see, Σ_j |P̃_ij − P_ij|."""
+    fit: Fit | None = field(default=None, repr=False, compare=False)
+    """What is fitted to the heads, from the first low-rank call on."""
+    fits: int = 0
+    """How often that was made."""
+    wait: int = 1
+    """After how many times ``audit_every`` calls a fit may be made anew: doubled when that did not help."""
     warned: bool = False
     recent: Calls = field(default_factory=Calls, repr=False, compare=False)
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    @property
+    def fitted(self) -> torch.Tensor | None:
+        """The values of the fit."""
+        return None if self.fit is None else self.fit.values
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return () if self.fit is None else self.fit.widths
+
+    @property
+    def radius(self) -> torch.Tensor | None:
+        return None if self.fit is None else self.fit.radius
+
+    @property
+    def fit_error(self) -> tuple[float, ...]:
+        return () if self.fit is None else self.fit.error
 
     @property
     def calls_since_audit(self) -> int:
@@ -95,10 +112,11 @@ class SiteState:
         """The plan of a call with these q, k and v. A recomputation gets the plan of its first run and nothing else."""
         with self.lock:
             if self.calls and inside_backward():
-                ever_low = self.verdict == "low_rank" or len(self.recent) > 0
-                again = self.recent.plan(*tensors) if ever_low else False
+                if self.verdict != "low_rank" and not len(self.recent):
+                    return Ticket(None, False)  # it never was low rank
+                again = self.recent.find(*tensors)
                 if again is not None:
-                    return Ticket(None, again)
+                    return Ticket(None, again.low_rank, fit=again.fit)
             self.calls += 1
             low = self.verdict == "low_rank"
             since = self.calls - self.audited_call
@@ -108,11 +126,11 @@ class SiteState:
                 self.audited_call = self.calls  # claimed: another thread need not audit as well
             return Ticket(self.calls, low, audit)
 
-    def leave(self, ticket: Ticket, low_rank: bool, *tensors: torch.Tensor) -> None:
+    def leave(self, ticket: Ticket, low_rank: bool, fit: Fit | None, *tensors: torch.Tensor) -> None:
         """Remember which plan a call took, for its recomputation; sites that were never low rank need no memory."""
         with self.lock:
             if ticket.number is not None and (low_rank or len(self.recent)):
-                self.recent.add(low_rank, *tensors)
+                self.recent.add(low_rank, fit, *tensors)
 
     def measured(self, ticket: Ticket, error: float, relative_error: float) -> None:
         """Record an audit."""
@@ -160,20 +178,39 @@ def larger(a: float | None, b: float) -> float:
     return b if a is None or math.isnan(b) or b > a else a
 
 
-Key = tuple[str, tuple[object, ...]]
+class Key(NamedTuple):
+    """The identity of a state."""
+
+    site: str
+    owners: tuple[int, ...]
+    """Memory of the parameters that feed the site."""
+    options: str
+    """``Options.key``."""
+    causal: bool
+    scale: float
+    d: int
+    e: int
+
+    @property
+    def place(self) -> str:
+        """Number of the site in its graph; the whole name of one outside of graphs."""
+        return self.site.rsplit("/", 1)[-1]
+
+
 _lock = threading.Lock()
 _states: dict[Key, SiteState] = {}
-
-
-def key(site: str, owners: Sequence[torch.Tensor], *form: object) -> Key:
-    """The identity of a state: a site, the parameters that feed it, and what else its decision depends on."""
-    return site, (*(owner.data_ptr() for owner in owners), *form)
 
 
 def states(site: str) -> tuple[SiteState, ...]:
     """The states of a site, in order of first use; empty before its first call."""
     with _lock:
-        return tuple(state for (name, _), state in _states.items() if name == site)
+        return tuple(state for where, state in _states.items() if where.site == site)
+
+
+def every() -> tuple[tuple[Key, SiteState], ...]:
+    """All states, in order of first use."""
+    with _lock:
+        return tuple(_states.items())
 
 
 def find(where: Key) -> SiteState | None:

@@ -17,11 +17,10 @@ from typing import Any
 import torch
 
 from polyattn import fitting, guard, keymask, lowrank_op
-from polyattn.audit import audit
+from polyattn.attempt import attempt
 from polyattn.codegen import exact as dense
 from polyattn.codegen.shift import Heavy
 from polyattn.errors import DeviceError, DoubleBackwardError, DtypeError, ShapeError
-from polyattn.guard import SiteState, Ticket
 from polyattn.options import Options
 from polyattn.passes.kernels import exact_nodes
 from polyattn.watch import watchers
@@ -100,7 +99,6 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     opts = _options(options)
     accumulator = lowrank_op.accumulator(q.dtype)
-    fitted: torch.Tensor | None = None
     chunk = guard.chunk_length(opts, q.shape[-1], q.device.type, causal)
     setting = lowrank_op.Setting(
         scale,
@@ -115,17 +113,18 @@ def _attention(
     if q.numel() == 0 or k.numel() == 0:  # nothing to decide, and nothing that torch's kernel survives
         out, stat = dense.empty_tokens_first(q, v.shape[-1]).zero_(), q.new_zeros(q.shape[:-1], dtype=accumulator)
         return out, stat, _nothing_fitted(opts, k), _plan(False, setting)
-    where = guard.key(site, owners, options, causal, scale, q.shape[-1], v.shape[-1])
+    pointers = tuple(owner.data_ptr() for owner in owners)
+    where = guard.Key(site, pointers, options, causal, scale, q.shape[-1], v.shape[-1])
     state = guard.find(where) or guard.keep(where, guard.decide(_shape(q, k, v), causal, opts, q.device.type))
     ticket = state.enter(opts, q, k, v)
     with torch.autocast(q.device.type, enabled=False):
-        if ticket.low_rank and opts.fits:
-            setting = fitting.fitted(site, state, (q, k, v), setting, opts)
-            fitted = None if setting.fitted is None else setting.fitted.clone()
-        made = _low_rank(site, state, ticket, (q, k, v), setting, opts) if ticket.low_rank else None
-        state.leave(ticket, made is not None, q, k, v)
+        made, fit = None, None
+        if ticket.low_rank:
+            made, setting, fit = attempt(where, state, ticket, (q, k, v), setting, opts)
+        state.leave(ticket, made is not None, fit, q, k, v)
         plan = _plan(made is not None, setting)
-        fitted = _nothing_fitted(opts, k) if fitted is None else fitted
+        # operators may not return what they keep
+        fitted = _nothing_fitted(opts, k) if setting.fitted is None else setting.fitted.clone()
         if made is None:
             out, stat = dense.forward(q, k, v, scale, causal)
             out, stat = dense.tokens_first(out), stat.to(accumulator)
@@ -140,25 +139,6 @@ def _attention(
 def _plan(low_rank: bool, setting: lowrank_op.Setting) -> torch.Tensor:
     """What a call did, for its backward: whether it was low rank, and the numbers of its setting."""
     return torch.cat([torch.tensor([int(low_rank)]), setting.numbers()])
-
-
-def _low_rank(
-    site: str,
-    state: SiteState,
-    ticket: Ticket,
-    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    setting: lowrank_op.Setting,
-    options: Options,
-) -> lowrank_op.Forward | None:
-    """The low-rank forward of a call; None when its audit makes the site exact."""
-    grouped = lowrank_op.grouped(*tensors)
-    made = lowrank_op.forward(*grouped, setting)
-    if ticket.audit and not audit(site, state, ticket, grouped, made.out, setting, options):
-        return None
-    if ticket.number is not None:
-        with state.lock:
-            state.exact_rows += made.exact_rows
-    return made
 
 
 @_attention.register_fake

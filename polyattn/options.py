@@ -79,6 +79,11 @@ class Options:
     """A low-rank site is audited at its first call and every so many calls after it, each time on fresh rows; 0: only
     at the first. Under ``auto`` a failed audit makes the site exact from that call on; under ``low_rank`` it is
     reported, and logged once."""
+    refit: bool = True
+    """Whether what is fitted to a head is fitted anew, to the present call, when an audit of a later call fails or more
+    than an eighth of a call's rows have no positive denominator; not sooner than ``audit_every`` calls after the last
+    time, and after twice as many each time that it did not help. Under ``auto`` a site becomes exact when its new fit
+    fails as well."""
     inner: Inner = "inductor"
     """Compiler of everything around the attention."""
     inner_options: Mapping[str, Any] | None = None
@@ -98,7 +103,8 @@ class Options:
         )
         for name, kind in (*kinds, ("causal_stats", CausalStats)):
             _check(name, getattr(self, name) in get_args(kind), getattr(self, name), f"one of {get_args(kind)}")
-        _check("shift", isinstance(self.shift, bool), self.shift, "True or False")
+        for name in ("shift", "refit"):
+            _check(name, isinstance(getattr(self, name), bool), getattr(self, name), "True or False")
         for name in ("tolerance", "relative_tolerance", "gradient_tolerance"):
             value = getattr(self, name)
             _check(name, isinstance(value, (int, float)) and value > 0, value, "a positive number")

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 import torch
 
+from polyattn.fit import Fit
+
 KEPT = 256
 """Calls of a site that are remembered: a recomputation further back than that counts as a call of its own."""
 SAMPLES = 32
@@ -52,11 +54,12 @@ def fingerprint(*tensors: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Call:
-    """One call of a site: which tensors it got, which plan it took, how often it was run again."""
+    """One call of a site: which tensors it got, which plan it took and which fit, how often it was run again."""
 
     shapes: tuple[torch.Size, ...]
     sample: torch.Tensor
     low_rank: bool
+    fit: Fit | None = None
     runs: int = 0
 
 
@@ -69,12 +72,12 @@ class Calls:
     def __len__(self) -> int:
         return len(self._calls)
 
-    def add(self, low_rank: bool, *tensors: torch.Tensor) -> None:
+    def add(self, low_rank: bool, fit: Fit | None, *tensors: torch.Tensor) -> None:
         """Remember a call and the plan that it took."""
-        self._calls.append(Call(tuple(x.shape for x in tensors), fingerprint(*tensors), low_rank))
+        self._calls.append(Call(tuple(x.shape for x in tensors), fingerprint(*tensors), low_rank, fit))
 
-    def plan(self, *tensors: torch.Tensor) -> bool | None:
-        """Whether the call that these tensors repeat was low rank; None when no remembered call had them.
+    def find(self, *tensors: torch.Tensor) -> Call | None:
+        """The call that these tensors repeat; None when no remembered call had them.
 
         Of calls with equal tensors it is the last one that has been run again least often: backward passes run in
         reverse order.
@@ -95,4 +98,4 @@ class Calls:
             return None
         call = found[-last]
         call.runs += 1
-        return call.low_rank
+        return call

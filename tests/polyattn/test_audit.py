@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from sites import only_state
 
 import polyattn
 import polyattn.errors
@@ -32,9 +33,7 @@ def attend(size: float = 0.3, **options: object) -> torch.Tensor:
 
 
 def state() -> guard.SiteState:
-    ((site, _),) = guard._states
-    (found,) = guard.states(site)
-    return found
+    return only_state()
 
 
 def test_audits_happen_at_first_use_and_every_so_many_calls() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -172,10 +173,10 @@ def test_the_report_names_family_coefficients_widths_and_near_field() -> None:
 def test_a_backward_serves_the_fit_of_its_own_forward() -> None:
     inputs, options = operands(), options_of("none", polynomial="least_squares", rank=30, degree=3)
     first = polyattn.attention(*inputs, options=options)
-    kept = only_state().fitted
+    kept = only_state().fit
     assert kept is not None
-    wanted = dense_fitted_polynomial(*inputs, kept, only_state().widths, False)
-    only_state().fitted = torch.full_like(kept, math.nan)
+    wanted = dense_fitted_polynomial(*inputs, kept.values, kept.widths, False)
+    only_state().fit = dataclasses.replace(kept, values=torch.full_like(kept.values, math.nan))
     g = torch.ones_like(first)
     for x, y in zip(torch.autograd.grad(first, inputs, g), torch.autograd.grad(wanted, inputs, g), strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-9)

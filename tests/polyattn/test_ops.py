@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dense import dense_polynomial
+from sites import only_state
 
 import polyattn
 from polyattn import errors, guard
@@ -19,13 +20,6 @@ from polyattn import errors, guard
 @pytest.fixture(autouse=True)
 def fresh_states() -> None:
     guard.reset()
-
-
-def only_state() -> guard.SiteState:
-    """The state of the one site that has run since the last reset."""
-    ((site, _),) = guard._states
-    (state,) = guard.states(site)
-    return state
 
 
 def operands(

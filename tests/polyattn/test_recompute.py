@@ -45,7 +45,7 @@ def gradient(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) 
 
 
 def all_states() -> list[guard.SiteState]:
-    return list(guard._states.values())
+    return [state for _, state in guard.every()]
 
 
 REENTRANT = pytest.mark.parametrize("reentrant", [False, True], ids=["saved_tensor_hooks", "reentrant"])
@@ -189,37 +189,41 @@ def three(seed: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, 
 def test_rounding_does_not_hide_a_call(dtype: torch.dtype) -> None:
     calls = recompute.Calls()
     for seed in range(5):
-        calls.add(seed % 2 == 0, *three(seed, dtype))
+        calls.add(seed % 2 == 0, None, *three(seed, dtype))
     for seed in range(5):
         noisy = [x * (1 + 2 * torch.finfo(dtype).eps) for x in three(seed, dtype)]
-        assert calls.plan(*noisy) is (seed % 2 == 0)
-    assert calls.plan(*three(9, dtype)) is None
+        found = calls.find(*noisy)
+        assert found is not None
+        assert found.low_rank is (seed % 2 == 0)
+    assert calls.find(*three(9, dtype)) is None
 
 
 def test_other_shapes_are_other_calls() -> None:
     calls = recompute.Calls()
     q, k, v = three(0)
-    calls.add(True, q, k, v)
-    assert calls.plan(q[:, :, :32], k, v) is None
+    calls.add(True, None, q, k, v)
+    assert calls.find(q[:, :, :32], k, v) is None
 
 
 def test_only_so_many_calls_are_remembered() -> None:
     calls = recompute.Calls()
     for seed in range(recompute.KEPT + 1):
-        calls.add(True, *three(seed))
-    assert calls.plan(*three(0)) is None
-    assert calls.plan(*three(1)) is True
+        calls.add(True, None, *three(seed))
+    assert calls.find(*three(0)) is None
+    assert calls.find(*three(1)) is not None
 
 
 def test_values_that_are_no_numbers_can_be_remembered() -> None:
     calls = recompute.Calls()
     q, k, v = three(0)
     broken = [torch.full_like(q, value) for value in (math.nan, math.inf, 3e38)]
-    calls.add(True, *broken)
-    assert calls.plan(*broken) is True
-    assert calls.plan(q, k, v) is None
-    calls.add(False, *(torch.zeros_like(x) for x in (q, k, v)))
-    assert calls.plan(*(torch.zeros_like(x) for x in (q, k, v))) is False
+    calls.add(True, None, *broken)
+    assert calls.find(*broken) is not None
+    assert calls.find(q, k, v) is None
+    calls.add(False, None, *(torch.zeros_like(x) for x in (q, k, v)))
+    found = calls.find(*(torch.zeros_like(x) for x in (q, k, v)))
+    assert found is not None
+    assert not found.low_rank
 
 
 def test_strided_tensors_give_the_same_fingerprint() -> None:

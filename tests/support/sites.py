@@ -10,8 +10,7 @@ from polyattn import guard
 
 def only_state() -> guard.SiteState:
     """The state of the only site that has run since the last reset."""
-    ((site, _),) = guard._states
-    (state,) = guard.states(site)
+    ((_, state),) = guard.every()
     return state
 
 
