@@ -8,8 +8,8 @@ window of 512 bytes of Python's standard library per step. AdamW, a linear warm-
 same windows. Attention runs through ``torch.compile(model, backend="polyattn")`` with ``policy="low_rank"``, so that
 no audit makes it exact, and ``causal_chunk=64``: the chunk that a query lies in, one eighth of the window, is exact in
 every family, and only what lies before it is approximated. Coefficients and landmarks that are fitted (least squares,
-nested, skeleton) are fitted at the first call, to the heads as they are initialised, and are kept: they do not follow
-the heads as these train.
+nested, skeleton) are fitted at the first call, to the heads as they are initialised, and anew where an audit fails: one
+call in 50 is audited, and after a fit that does not help the next one waits twice as long.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ class Run:
 
     losses: list[float]
     seconds: list[float]
+    fits: int = 0
+    """How often the features of the layer that was fitted most were fitted."""
     errors: tuple[float | None, float | None] = (None, None)
     """Largest relative error of an attention at the first call and at the last audit of training."""
     same: float = math.nan
@@ -141,6 +143,7 @@ def train(name: str, training: list[Window], held_out: list[Window], tick: Calla
             return run
         run.errors = (relative_error() if len(run.losses) == 1 else run.errors[0], None)
     run.errors = (run.errors[0], relative_error())
+    run.fits = max((state.fits for site in polyattn.reports()[-1].sites for state in site.states), default=0)
     half = TOKENS // 2
     others = held_out[1:] + held_out[:1]
     mixed = [(torch.cat([x[:, :half], z[:, half:]], 1), y) for (x, y), (z, _) in zip(held_out, others, strict=True)]
@@ -256,18 +259,19 @@ def page(runs: dict[str, Run], image: str, steps: int, threads: int, minutes: fl
         shows(runs),
         "",
         "Two more measurements. The relative error of attention (of the part that is not mean pooling; the larger of "
-        "the two layers, on sampled rows) at the first call and at the last audit in training. And what later bytes "
+        "the two layers, on sampled rows) at the first call and at the last audit in training, and how often features "
+        "were fitted (the more often fitted layer). And what later bytes "
         "are worth: the rise of the loss of the first halves of the windows held out when each second half is "
         "replaced by that of another window. Exact causal attention has 0 there. The means that queries and keys are "
         'shifted by are taken of the whole call (`causal_stats="call"`), so that an output depends on later tokens '
         "by as much as the approximation is off, and training can learn to use that.",
         "",
-        "| attention in training | error, first call | error, last audit | worth of later bytes |",
-        "|---|---|---|---|",
+        "| attention in training | error, first call | error, last audit | fits | worth of later bytes |",
+        "|---|---|---|---|---|",
     ]
     for name, run in runs.items():
         first, last = run.errors
-        lines.append(f"| {name} | {scientific(first)} | {scientific(last)} | {number(run.ahead)} |")
+        lines.append(f"| {name} | {scientific(first)} | {scientific(last)} | {run.fits or '–'} | {number(run.ahead)} |")
     return "\n".join(lines) + "\n"
 
 

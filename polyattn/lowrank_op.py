@@ -1,8 +1,8 @@
 """Low-rank attention of a call's tensors: kernels over groups of heads, and exact attention for rows that need it.
 
 Tensors come as the operators hold them, [batch, heads, tokens, ·]; queries that share a key head are its groups. Rows
-whose low-rank denominator is not a positive finite number, and the few whose query lies outside of what features were
-fitted to, are computed exactly, forward and backward.
+that are off for certain (codegen/impossible.py), and the few whose query lies outside of what features were fitted to,
+are computed exactly, forward and backward.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from polyattn.codegen import exact as dense
-from polyattn.codegen import heavy, target
+from polyattn.codegen import heavy, impossible, target
 from polyattn.codegen.evaluate import block_length
 from polyattn.codegen.shift import STATISTICS, Heavy, Moved, Turn, move
 from polyattn.codegen.spec import KernelSpec
@@ -167,10 +167,11 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, setting: Setting)
     inputs = {"V": v, **moved.inputs, **setting.skeleton(len(k), q)}
     result = _run(made.forward, inputs, setting)
     out, denominators = result["O"], result["D"]
+    bad = impossible.denominators(moved, denominators, setting.scale, setting.causal)
     if moved.heavy is not None:
         nodes = exact_nodes(setting.causal)
         out, denominators = heavy.forward(nodes, (q, k, v), moved, out, denominators, setting.scale, setting.causal)
-    bad = ~(torch.isfinite(denominators) & (denominators > 0) & torch.isfinite(out).all(-1))
+    bad |= ~(torch.isfinite(denominators) & (denominators > 0)) | impossible.outputs(v, out)
     if setting.radius is not None:
         radius = setting.radius.to(q.dtype).repeat(len(k) // len(setting.radius))
         outside = inputs["Q"].norm(dim=-1) > radius[:, None, None]

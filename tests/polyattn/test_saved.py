@@ -116,7 +116,7 @@ def test_a_recompute_takes_the_fit_of_its_first_run() -> None:
 
 
 def test_many_rows_without_a_denominator_ask_for_a_new_fit() -> None:
-    options = {**LOW, "rank": 8, "audit_rows": 0, "audit_every": 1}
+    options = {**LOW, "audit_rows": 0, "audit_every": 1}
 
     def attend(tensors: list[torch.Tensor]) -> None:
         polyattn.attention(*tensors, options=options)
