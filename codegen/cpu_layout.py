@@ -18,7 +18,7 @@ LONG = (*FEATURES, *MARKS)
 """Axes of features of either family."""
 TILE_ORDER = (*LONG, *WIDTHS, *TOKENS)
 STATE_ORDER = (*WIDTHS, *LONG)
-SIZES = {"a": "d", "b": "e", "b̂": "e + 1", "i": "T_q", "j": "T_k", "t": "T", **dict.fromkeys(MARKS, "m")}
+SIZES = {"a": "d", "b": "e", "b̂": "e + 1", "c": "d_1", "i": "T_q", "j": "T_k", "t": "T", **dict.fromkeys(MARKS, "m")}
 
 Layout = tuple[str, ...]
 
@@ -145,7 +145,7 @@ def matrices(values: Sequence[Value], layout: Layout) -> tuple[str, str, tuple[i
 
 
 def einsum(values: Sequence[Value], layout: Layout) -> str:
-    names = dict(zip((*WIDTHS, *TOKENS, *LONG), "abcijrstuvmn", strict=True))
+    names = dict(zip((*WIDTHS, *TOKENS, *LONG), "abcdijrstuvmn", strict=True))
     terms = ["".join(("h", *(names[x] for x in v.layout))) for v in values]
     return (
         f'torch.einsum("{",".join(terms)}->h{"".join(names[x] for x in layout)}", {", ".join(v.name for v in values)})'

@@ -157,6 +157,8 @@ class Body:
             return "g_scaled" if "G" in read else "numerator"
         if widths == ["b"] and side == "k" and "G" not in read:
             return "v_weighted"
+        if widths == ["c"]:  # of queries or keys in coordinates, or their gradients
+            return f"d{side}" + self._field(n)
         stem = {"aq": "dq", "ak": "dk", "bq": "numerator", "bk": "dv", "b̂q": "sums", "b̂k": "dv_hat"}[widths[0] + side]
         return stem + self._field(n)
 

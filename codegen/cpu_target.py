@@ -141,6 +141,7 @@ def _run(spec: KernelSpec, writer: Writer) -> str:
     lines = [f"{', '.join(named)} = " + ", ".join(f'inputs["{name}"]' for name in named)]
     lines += ["H, groups, n_q, d = Q.shape", "n_k = K.shape[1]"]
     lines += [f"e = {name}.shape[-1]" for name in ("V", "G", "O") if name in named][:1]
+    lines += [f"d_1 = {name}.shape[-1]" for name in ("QP", "KP") if name in named][:1]
     lines += [f"m = {name}.shape[1]" for name in ("LK", "LQ", "Z") if name in named][:1]
     lines += [f"{name} = ranks[{degree}]" for name, degree in sorted(writer.ranks.items())]
     lines += [f'{name} = scalars["{name}"]' for name in sorted(writer.symbols)]

@@ -18,6 +18,7 @@ from polyattn.rewriter.expr import D, E
 from polyattn.rewriter.features import rank_symbol
 from polyattn.rewriter.plan import Node
 from polyattn.rewriter.skeleton import M
+from polyattn.rewriter.tensor import D1
 
 TILE_ELEMENTS = 1 << 19
 """Elements of one block's feature tile, all heads of a group together."""
@@ -134,6 +135,7 @@ class Evaluation(Operations):
         ranks = {rank_symbol(lower): features.rank(self.basis.below(top - lower)) for lower in range(top + 1)}
         sizes = {D: self.basis.d, E: self.inputs["V"].shape[-1], **ranks}
         sizes[M] = next((self.inputs[name].shape[1] for name in ("LK", "LQ", "Z") if name in self.inputs), 0)
+        sizes[D1] = next((self.inputs[name].shape[-1] for name in ("QP", "KP") if name in self.inputs), 0)
         heads = self.inputs["Q"].shape[0]
         return torch.zeros(heads, *(int(k.size.subs(sizes)) for k in n.axes), dtype=self.dtype, device=self.device)
 

@@ -16,10 +16,10 @@ from polyattn.rewriter.plan import Node, flops
 from polyattn.rewriter.rules import RANK_LETTERS
 from polyattn.rewriter.skeleton import OF_KEYS, OF_QUERIES
 
-QUERY_SIDE = frozenset({"Q", "G", "O", "D", "dQ"})
+QUERY_SIDE = frozenset({"Q", "QP", "G", "O", "D", "dQ"})
 """Inputs and outputs whose tokens are queries; the others' are keys."""
-TOKENS, FEATURES, WIDTHS = ("i", "j"), tuple(RANK_LETTERS), ("a", "b", "b̂")
-"""Letters of the axes that the targets know: tokens, features by degree from the top, head and value."""
+TOKENS, FEATURES, WIDTHS = ("i", "j"), tuple(RANK_LETTERS), ("a", "b", "b̂", "c")
+"""Letters of the axes that the targets know: tokens, features by degree from the top, head, value and directions."""
 MARKS = (OF_KEYS.letter, OF_QUERIES.letter)
 """Landmarks, the axes of skeleton features."""
 NEAR = {"none": 0, "causal": 1, "band": 3}

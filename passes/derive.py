@@ -15,6 +15,7 @@ from polyattn.rewriter import rules, skeleton
 from polyattn.rewriter.expr import Mask, Program, Tensor
 from polyattn.rewriter.interpret import Interpreter
 from polyattn.rewriter.lowrank import Approximation
+from polyattn.rewriter.project import project
 from polyattn.rewriter.skeleton import Skeleton
 from polyattn.rewriter.stack import stack
 from polyattn.rewriter.symbols import SUBSCRIPTS
@@ -77,7 +78,7 @@ def derive(form_name: str, degree: int | None, gradient: str) -> tuple[Step, ...
 
     ``degree`` is that of the polynomial in place of exp; None means skeleton features (rewriter/skeleton.py).
     ``substituted`` puts the polynomial into the exact autograd graph (math.md §2a); ``consistent`` traces the vjp of
-    the substituted forward (§2b).
+    the substituted forward (§2b). ``projected`` is substituted, with dQ and dK in coordinates of a few directions.
     """
     form = FORMS[form_name]
     approximation = family_of(degree)
@@ -88,7 +89,7 @@ def derive(form_name: str, degree: int | None, gradient: str) -> tuple[Step, ...
         steps.append(Step(rule, text, program))
         return program
 
-    substituted = gradient == "substituted"
+    substituted = gradient != "consistent"
     p = note(
         "lift",
         f"{form.text}" + (" and its autograd graph, traced (math.md §1)" if substituted else " (math.md §1)"),
@@ -110,7 +111,9 @@ def derive(form_name: str, degree: int | None, gradient: str) -> tuple[Step, ...
         if degree is None:
             p = note("inline", "so are sums over tokens that have an axis of landmarks", skeleton.inline(p))
     p = _as_features(p, degree, note) if degree is not None else note("absorb", ABSORB, rules.absorb(p))
-    note("stack", "X ∘ (G Vᵀ) − X ∘ (δ 1ᵀ) = X ∘ ([G, −δ] [V, 1]ᵀ); A V and A 1 are columns of A [V, 1] (§1)", stack(p))
+    p = note("stack", STACK, stack(p))
+    if gradient == "projected":
+        note("project", "dQ U = dS (K U) and dK W = dSᵀ (Q W): a few directions of keys and queries (§2)", project(p))
     return tuple(steps)
 
 
@@ -118,6 +121,7 @@ SPLIT = {
     True: "M = M_near + M_far: j in the chunk of i, j in an earlier chunk (§6)",
     False: "M = M_near + M_far: j in the chunk of i or next to it, j elsewhere (§3, exact near field)",
 }
+STACK = "X ∘ (G Vᵀ) − X ∘ (δ 1ᵀ) = X ∘ ([G, −δ] [V, 1]ᵀ); A V and A 1 are columns of A [V, 1] (§1)"
 ABSORB = "diag(z) (U + W) = diag(z) U + diag(z) W, where nothing else reads U + W"
 
 

@@ -18,6 +18,7 @@ from polyattn.rewriter.order import plan
 from polyattn.rewriter.plan import Node, Plan, cost, node
 from polyattn.rewriter.rules import absorb
 from polyattn.rewriter.stack import stack
+from polyattn.rewriter.tensor import E1, E
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Kernels:
     forward: KernelSpec
     saved: tuple[tuple[Node, Node], ...]
     mask: str
+    projected: bool = False
+    """Whether dQ and dK are in coordinates of a few directions, those of values among them."""
     backwards: dict[tuple[str, ...], KernelSpec] = field(default_factory=dict, repr=False, compare=False)
     """Those that have been asked for."""
 
@@ -45,7 +48,9 @@ class Kernels:
 
     def cost(self) -> sympy.Expr:
         """FLOPs per head of what runs, forward and all of the backward: tiles that are computed again count again."""
-        return self.forward.cost() + self.backward(("dQ", "dK", "dV")).cost()
+        if not self.projected:
+            return self.forward.cost() + self.backward(("dQ", "dK", "dV")).cost()
+        return self.forward.cost() + self.backward(("dQ", "dK")).cost().subs(E, E1) + self.backward(("dV",)).cost()
 
 
 def saved_by_forward(made: Plan) -> dict[Node, Node]:
@@ -101,4 +106,4 @@ def kernels(causal: bool, degree: int | None, gradient: str, weighted: bool = Fa
     known = saved_by_forward(made)
     denominator = next(n for n, read in known.items() if read.attr == "D")
     outputs = {"O": made.outputs["O"], "D": denominator}
-    return Kernels(made, schedule("forward", outputs, mask), tuple(known.items()), mask)
+    return Kernels(made, schedule("forward", outputs, mask), tuple(known.items()), mask, gradient == "projected")

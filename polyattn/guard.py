@@ -26,6 +26,7 @@ from polyattn.recompute import Calls, inside_backward
 from polyattn.rewriter import features
 from polyattn.rewriter.expr import CHUNK, N_K, N_Q, R1, D, E, R
 from polyattn.rewriter.skeleton import M
+from polyattn.rewriter.tensor import D1, E1
 
 
 @dataclass(frozen=True)
@@ -252,13 +253,16 @@ def costs(
     rank: int | None = None,
     band: bool = False,
     heavy: int = 0,
+    directions: int = 0,
 ) -> tuple[int, int]:
     """The same as numbers, for all heads; grouped queries count as further rows of a key head.
 
     ``rank``: features at most; None: all monomials. ``heavy``: keys of each head that are exact for every query.
+    ``directions``: of the projected gradient.
     """
     groups = shape["heads"] // shape["kv_heads"]
     values = {N_Q: shape["n_q"] * groups, N_K: shape["n_k"], D: shape["d"], E: shape["e"], CHUNK: chunk}
+    values |= {D1: min(shape["d"], directions), E1: min(shape["e"], directions)}
     if degree is None:
         values[M] = rank or 0
     else:
@@ -295,7 +299,7 @@ def decide(shape: dict[str, int], causal: bool, options: Options, device: str) -
     moved = options.resolved_shift(causal)
     band = options.band(causal)
     weighted, heavy = options.weighted(causal), min(options.heavy_keys + len(options.exact_keys), shape["n_k"])
-    before, after = costs(shape, causal, degree, gradient, chunk, weighted, rank, band, heavy)
+    before, after = costs(shape, causal, degree, gradient, chunk, weighted, rank, band, heavy, options.directions or 0)
     symbolic = symbolic_costs(causal, degree, gradient, weighted, band)
     verdict: Literal["low_rank", "exact"] = "low_rank"
     if options.policy == "exact":

@@ -8,13 +8,14 @@ are computed exactly, forward and backward.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from polyattn.codegen import exact as dense
 from polyattn.codegen import heavy, impossible, target
 from polyattn.codegen.evaluate import block_length
+from polyattn.codegen.project import finite, project
 from polyattn.codegen.shift import STATISTICS, Heavy, Moved, Turn, move
 from polyattn.codegen.spec import KernelSpec
 from polyattn.codegen.tables import Scalars
@@ -30,8 +31,8 @@ GRADIENTS = ("consistent", "substituted")
 OUTLIERS = 1 / 64
 """Rows outside of what was fitted are exact where they are no larger part of a call than this; where they are more, the
 fit does not suit the call, and an audit says so."""
-NUMBERS = 10
-"""Of a setting, as its backward gets them: six, and the widths of up to four degrees; then the named positions."""
+FIRST, NUMBERS = 7, 11
+"""Of a setting, as its backward gets them: seven, and the widths of up to four degrees; then the named positions."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Setting:
     """Without a mask: whether keys in a query's chunk and next to it stay exact."""
     heavy: Heavy = field(default_factory=Heavy)
     """Which keys stay exact wherever the query stands."""
+    directions: int = 0
+    """Of the substituted gradient: how many directions values, queries and keys are projected on; 0: all."""
     widths: tuple[int, ...] = ()
     """Of a nested polynomial (features.Basis); nothing for the full form."""
     fitted: torch.Tensor | None = None
@@ -70,6 +73,7 @@ class Setting:
             STATISTICS.index(self.shift),
             int(self.band),
             self.heavy.count,
+            self.directions,
             *self.widths,
         ]
         return torch.tensor([*made, *[0] * (NUMBERS - len(made)), *self.heavy.positions])
@@ -77,7 +81,7 @@ class Setting:
     @classmethod
     def of(cls, numbers: torch.Tensor, scale: float, causal: bool, fitted: torch.Tensor) -> Setting:
         """The inverse of :meth:`numbers`; ``fitted`` has no elements where nothing is."""
-        degree, gradient, chunk, shift, band, count, *widths = numbers.tolist()
+        degree, gradient, chunk, shift, band, count, directions, *widths = numbers.tolist()
         return cls(
             scale,
             causal,
@@ -86,7 +90,8 @@ class Setting:
             chunk,
             STATISTICS[shift],
             bool(band),
-            Heavy(count, tuple(widths[NUMBERS - 6 :])),
+            Heavy(count, tuple(widths[NUMBERS - FIRST :])),
+            directions,
             tuple(w for w in widths[:degree] if widths[0]),
             fitted if fitted.numel() else None,
         )
@@ -97,7 +102,8 @@ class Setting:
 
     @property
     def kernels(self) -> Kernels:
-        return kernels(self.causal, self.degree, self.gradient, self.weighted, self.band)
+        gradient = "projected" if self.directions else self.gradient
+        return kernels(self.causal, self.degree, gradient, self.weighted, self.band)
 
     def basis(self, d: int) -> features.Basis:
         """The monomials that the features are; none but the constant one with skeleton features."""
@@ -211,11 +217,10 @@ def backward(
     low_q, low_g, low_o = (x.masked_fill(bad.unsqueeze(-1), 0.0) if some else x for x in (moved.q, gs, outs))
     low_d = stats.masked_fill(bad, 1.0) if some else stats
     wanted = tuple(name for name, need in zip(("dQ", "dK", "dV"), needs, strict=True) if need)
-    made = setting.kernels
     inputs = {"V": vs, **moved.inputs, **setting.skeleton(len(ks), qs)}
     inputs.update(Q=low_q, G=low_g, O=low_o, D=low_d)
     names = (*wanted, "dB") if "dK" in wanted and moved.weights is not None else wanted
-    result = _run(made.backward(names), inputs, setting)
+    result = _gradients(names, inputs, setting)
     if "dQ" in result:
         result["dQ"] = moved.query_gradient(result["dQ"])
     if "dK" in result:
@@ -227,6 +232,21 @@ def backward(
     if some:
         result = _with_exact_rows(result, bad, (qs, ks, vs), gs, setting)
     return result.get("dQ"), result.get("dK"), result.get("dV")
+
+
+def _gradients(names: Sequence[str], inputs: Mapping[str, torch.Tensor], setting: Setting) -> dict[str, torch.Tensor]:
+    """Gradients of the kernels' inputs; where they are projected, that of values by a run of its own."""
+    few = tuple(name for name in names if name != "dV")
+    if setting.directions and few and not finite(*(inputs[name] for name in "QKVGO")):
+        setting = replace(setting, directions=0)
+    made = setting.kernels
+    if not setting.directions or not few:
+        return _run(made.backward(names), inputs, setting)
+    projected = project(inputs, setting.directions)
+    result = projected.back(_run(made.backward(few), {**inputs, **projected.inputs}, setting))
+    if "dV" in names:
+        result |= _run(made.backward(("dV",)), inputs, setting)
+    return result
 
 
 def _with_exact_rows(

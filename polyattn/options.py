@@ -62,6 +62,9 @@ class Options:
     gradient: Gradient = "auto"
     """``consistent``: exact gradient of the function computed; ``substituted``: the low-rank form put into exact
     attention's gradient (the paper); ``auto`` means ``consistent``."""
+    directions: int | None = None
+    """Of the substituted gradient: values, queries and keys are projected on so many of their leading directions for dQ
+    and dK, whose cost is proportional to (directions + 1) directions then, in place of (e + 1) d; None: on none."""
     near_field: int | None = None
     """Without a mask, keys of a query's own chunk and of the two next to it stay exact, chunks of so many tokens: all
     keys at most that far away. For heads that look at their neighbourhood; None: no key. Under a causal mask the chunk
@@ -127,6 +130,13 @@ class Options:
             )
         else:
             _check("rank", rank is None or (_is_int(rank) and rank >= 2), rank, "an integer >= 2, or None")
+        directions = self.directions
+        _check(
+            "directions",
+            directions is None or (_is_int(directions) and directions >= 1 and self.gradient == "substituted"),
+            directions,
+            "an integer >= 1 beside gradient='substituted', or None",
+        )
         chunk = self.causal_chunk
         _check("causal_chunk", chunk is None or (_is_int(chunk) and chunk >= 1), chunk, "a positive integer or None")
         near = self.near_field
@@ -185,8 +195,11 @@ class Options:
         return self.features == "skeleton" or self.polynomial != "taylor" or self.rank is not None
 
     @property
-    def resolved_gradient(self) -> Literal["consistent", "substituted"]:
-        return "substituted" if self.gradient == "substituted" else "consistent"
+    def resolved_gradient(self) -> Literal["consistent", "substituted", "projected"]:
+        """``projected`` is the substituted one on a few directions."""
+        if self.gradient != "substituted":
+            return "consistent"
+        return "substituted" if self.directions is None else "projected"
 
     def resolved_shift(self, causal: bool) -> str:
         """Which tokens the means are taken of that queries and keys are shifted by: one of ``shift.STATISTICS``."""

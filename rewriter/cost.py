@@ -14,7 +14,7 @@ import sympy
 from polyattn.rewriter.features import full, rank
 from polyattn.rewriter.skeleton import M
 from polyattn.rewriter.symbols import LATEX, TEXT, Style, symbol
-from polyattn.rewriter.tensor import CHUNK, N_K, N_Q, R1, D, E, N, R
+from polyattn.rewriter.tensor import CHUNK, D1, E1, N_K, N_Q, R1, D, E, N, R
 
 _WIDE = sympy.Symbol("(e+1)", positive=True)
 """Stands for e + 1, the width of V̂."""
@@ -53,7 +53,7 @@ def _monomials(x: sympy.Expr) -> Monomials:
 
 def _weight(x: sympy.Expr, degree: int | None) -> int:
     g = 2 if degree is None else degree
-    weights = {R: g, CHUNK: g, R1: g - 1, M: 2, D: 1, E: 1, _WIDE: 1}
+    weights = {R: g, CHUNK: g, R1: g - 1, M: 2, D: 1, E: 1, _WIDE: 1, D1: 1, E1: 1}
     return sum(int(power) * weights.get(base, 0) for base, power in x.as_powers_dict().items())
 
 

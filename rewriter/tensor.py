@@ -40,12 +40,15 @@ class Index:
 
 # Symbols of the costs (math.md's letters).
 N_Q, N_K, D, E, R, R1, CHUNK = sympy.symbols("n_q n_k d e r r' C", positive=True)
+D1, E1 = sympy.symbols("d' e'", positive=True)
+"""Directions of queries and keys, and of values (rewriter/project.py)."""
 N = sympy.Symbol("n", positive=True)
 QUERY = Kind("i", N_Q, token=True)
 KEY = Kind("j", N_K, token=True)
 TOKEN = Kind("t", N, token=True)
 HEAD = Kind("a", D)
 VALUE = Kind("b", E)
+DIRECTION = Kind("c", D1)
 
 
 class Tensor:

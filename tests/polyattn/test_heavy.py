@@ -80,16 +80,21 @@ def check(inputs: list[torch.Tensor], mask: str, gradient: str, heavy: tuple[int
     return 0
 
 
-@pytest.mark.parametrize("mask", ["none", "causal", "band"])
+@pytest.mark.parametrize(
+    ("mask", "family"),
+    [
+        (mask, family)
+        for mask in ("none", "causal", "band")
+        for family in FAMILIES
+        if mask != "band" or not family.startswith("Taylor")  # the band's reference takes what is fitted
+    ],
+)
 @pytest.mark.parametrize("gradient", ["consistent", "substituted"])
-@pytest.mark.parametrize("family", FAMILIES)
 def test_equals_the_densely_written_approximation(mask: str, gradient: str, family: str) -> None:
-    if mask == "band" and family.startswith("Taylor"):
-        family = "least squares"  # the band's reference takes fitted polynomials
     assert check(operands(), mask, gradient, (2, (0,)), **FAMILIES[family]) == 0
 
 
-@settings(deadline=None, derandomize=True, max_examples=40)
+@settings(deadline=None, derandomize=True, max_examples=25)
 @given(
     causal=st.booleans(),
     gradient=st.sampled_from(["consistent", "substituted"]),
