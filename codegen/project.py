@@ -1,15 +1,16 @@
 """Leading directions of values, queries and keys, on which the substituted gradient is computed (math.md §2).
 
 The factor (e + 1) d of its cost becomes (e′ + 1) d′. Rows of dS = P ∘ (G Vᵀ − δ 1ᵀ) sum to zero, so that values may be
-taken around their mean; G Vᵀ is approximated by its largest singular directions, which second moments of G and V tell,
-and K and Q, which dS meets, by their own.
+taken around their mean; G Vᵀ is approximated by its largest singular directions, which second moments of G and V tell.
+Of the keys those directions matter that dQ = dS K has, which some exact rows of it tell (the largest ones of the keys
+themselves miss most of dQ on trained heads), and of the queries their largest ones.
 
 Tensors are grouped by key head: queries [heads, groups, n_q, ·], keys [heads, n_k, ·].
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -17,22 +18,29 @@ import torch
 from polyattn.rewriter import polynomial
 
 
+class Few(NamedTuple):
+    """How many directions values, and how many queries and keys, are projected on; 0: they are not."""
+
+    values: int = 0
+    keys: int = 0
+
+
 class Projected(NamedTuple):
     """Inputs of the kernels in coordinates, and the way back."""
 
     inputs: dict[str, torch.Tensor]
-    """G, O [heads, groups, n_q, e′], V [heads, n_k, e′], QP [heads, groups, n_q, d′], KP [heads, n_k, d′]."""
-    of_keys: torch.Tensor
-    """Orthonormal directions of the keys, [heads, d, d′]: those that dQ has coordinates of."""
-    of_queries: torch.Tensor
+    """G, O [heads, groups, n_q, e′], V [heads, n_k, e′]; QP [heads, groups, n_q, d′], KP [heads, n_k, d′]."""
+    of_keys: torch.Tensor | None
+    """Orthonormal directions of the keys, [heads, d, d′]: those that dQ has coordinates of; None: dQ is whole."""
+    of_queries: torch.Tensor | None
     """Of the queries: those of dK."""
 
     def back(self, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Gradients of queries and keys from their coordinates; others are left as they are."""
         made = dict(gradients)
-        if "dQ" in made:
+        if "dQ" in made and self.of_keys is not None:
             made["dQ"] = made["dQ"] @ self.of_keys[:, None].mT
-        if "dK" in made:
+        if "dK" in made and self.of_queries is not None:
             made["dK"] = made["dK"] @ self.of_queries.mT
         return made
 
@@ -42,23 +50,22 @@ def finite(*tensors: torch.Tensor) -> bool:
     return all(bool(x.isfinite().all()) for x in tensors)
 
 
-def project(inputs: Mapping[str, torch.Tensor], count: int) -> Projected:
-    """On ``count`` directions, or all where there are fewer.
+def project(inputs: Mapping[str, torch.Tensor], few: Few, rows: Callable[[], torch.Tensor]) -> Projected:
+    """On so many directions, or all where there are fewer.
 
     Args:
         inputs: Q, K, V, G and O, as the kernels take them, all of them finite.
+        rows: makes some rows of dQ, [heads, ·, d]; called where keys are projected.
     """
     q, k, v, g, out = (inputs[name] for name in ("Q", "K", "V", "G", "O"))
-    centre = v.mean(1, keepdim=True)
-    of_g, of_v = values(g, v, count)
-    of_q, of_k = directions(q, count), directions(k, count)
-    made = {
-        "G": g @ of_g[:, None],
-        "V": (v - centre) @ of_v,
-        "O": (out - centre[:, None]) @ of_v[:, None],
-        "QP": q @ of_q[:, None],
-        "KP": k @ of_k,
-    }
+    made: dict[str, torch.Tensor] = {}
+    of_k = of_q = None
+    if few.values:
+        centre, (of_g, of_v) = v.mean(1, keepdim=True), values(g, v, few.values)
+        made |= {"G": g @ of_g[:, None], "V": (v - centre) @ of_v, "O": (out - centre[:, None]) @ of_v[:, None]}
+    if few.keys:
+        of_k, of_q = directions(rows(), few.keys), directions(q, few.keys)
+        made |= {"QP": q @ of_q[:, None], "KP": k @ of_k}
     return Projected(made, of_k, of_q)
 
 

@@ -32,8 +32,6 @@ class Kernels:
     forward: KernelSpec
     saved: tuple[tuple[Node, Node], ...]
     mask: str
-    projected: bool = False
-    """Whether dQ and dK are in coordinates of a few directions, those of values among them."""
     backwards: dict[tuple[str, ...], KernelSpec] = field(default_factory=dict, repr=False, compare=False)
     """Those that have been asked for."""
 
@@ -46,9 +44,12 @@ class Kernels:
             self.backwards[names] = schedule("backward", outputs, self.mask)
         return self.backwards[names]
 
-    def cost(self) -> sympy.Expr:
-        """FLOPs per head of what runs, forward and all of the backward: tiles that are computed again count again."""
-        if not self.projected:
+    def cost(self, few_values: bool = False) -> sympy.Expr:
+        """FLOPs per head of what runs, forward and all of the backward: tiles that are computed again count again.
+
+        ``few_values``: dQ and dK are computed with values of width e', and dV by itself.
+        """
+        if not few_values:
             return self.forward.cost() + self.backward(("dQ", "dK", "dV")).cost()
         return self.forward.cost() + self.backward(("dQ", "dK")).cost().subs(E, E1) + self.backward(("dV",)).cost()
 
@@ -106,4 +107,4 @@ def kernels(causal: bool, degree: int | None, gradient: str, weighted: bool = Fa
     known = saved_by_forward(made)
     denominator = next(n for n, read in known.items() if read.attr == "D")
     outputs = {"O": made.outputs["O"], "D": denominator}
-    return Kernels(made, schedule("forward", outputs, mask), tuple(known.items()), mask, gradient == "projected")
+    return Kernels(made, schedule("forward", outputs, mask), tuple(known.items()), mask)

@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 import sympy
 import torch
 
+from polyattn.codegen.project import Few
 from polyattn.fit import Fit
 from polyattn.options import Options
 from polyattn.passes.forms import softmax_form
@@ -60,6 +61,8 @@ class SiteState:
     """Whether, without a mask, keys of neighbouring chunks are exact."""
     heavy: int
     """Keys of each head that are exact for every query."""
+    few: Few
+    """Of the substituted gradient: how many directions values, and queries and keys, are projected on."""
     shape: dict[str, int]
     flops_before: int
     flops_after: int
@@ -233,14 +236,19 @@ def reset() -> None:
 
 @functools.cache
 def symbolic_costs(
-    causal: bool, degree: int | None, gradient: str, weighted: bool = False, band: bool = False
+    causal: bool,
+    degree: int | None,
+    gradient: str,
+    weighted: bool = False,
+    band: bool = False,
+    few_values: bool = False,
 ) -> tuple[sympy.Expr, sympy.Expr]:
     """FLOPs per head, forward and backward, of exact attention and of the low-rank plan, in r and r'."""
     dense = exact_cost(softmax_form(causal))
     if causal:
         # Half of the pairs of tokens are masked; terms without a pair are lower order.
         dense = dense / 2
-    return sympy.expand(dense), kernels(causal, degree, gradient, weighted, band).cost()
+    return sympy.expand(dense), kernels(causal, degree, gradient, weighted, band).cost(few_values)
 
 
 def costs(
@@ -253,25 +261,26 @@ def costs(
     rank: int | None = None,
     band: bool = False,
     heavy: int = 0,
-    directions: int = 0,
+    few: Few | None = None,
 ) -> tuple[int, int]:
     """The same as numbers, for all heads; grouped queries count as further rows of a key head.
 
     ``rank``: features at most; None: all monomials. ``heavy``: keys of each head that are exact for every query.
-    ``directions``: of the projected gradient.
+    ``few``: directions of the substituted gradient.
     """
     groups = shape["heads"] // shape["kv_heads"]
     values = {N_Q: shape["n_q"] * groups, N_K: shape["n_k"], D: shape["d"], E: shape["e"], CHUNK: chunk}
-    values |= {D1: min(shape["d"], directions), E1: min(shape["e"], directions)}
+    few = few or Few()
+    values |= {D1: min(shape["d"], few.keys), E1: min(shape["e"], few.values)}
     if degree is None:
         values[M] = rank or 0
     else:
         full = [features.rank(features.full(shape["d"], g)) for g in (degree, degree - 1)]
         values |= dict(zip((R, R1), (min(r, rank or r) for r in full), strict=True))
     heads = shape["batch"] * shape["kv_heads"]
-    before, after = symbolic_costs(causal, degree, gradient, weighted, band)
-    few = exact_cost(softmax_form(False)).subs(values | {N_K: heavy}) if heavy else 0
-    return int(before.subs(values)) * heads, int(after.subs(values) + few) * heads
+    before, after = symbolic_costs(causal, degree, gradient, weighted, band, few.values > 0)
+    columns = exact_cost(softmax_form(False)).subs(values | {N_K: heavy}) if heavy else 0
+    return int(before.subs(values)) * heads, int(after.subs(values) + columns) * heads
 
 
 def chunk_length(options: Options, d: int, device: str, causal: bool = True) -> int:
@@ -298,9 +307,10 @@ def decide(shape: dict[str, int], causal: bool, options: Options, device: str) -
     chunk, rank = chunk_length(options, shape["d"], device, causal), options.resolved_rank(shape["d"])
     moved = options.resolved_shift(causal)
     band = options.band(causal)
+    few = Few(options.value_directions or 0, options.key_directions or 0)
     weighted, heavy = options.weighted(causal), min(options.heavy_keys + len(options.exact_keys), shape["n_k"])
-    before, after = costs(shape, causal, degree, gradient, chunk, weighted, rank, band, heavy, options.directions or 0)
-    symbolic = symbolic_costs(causal, degree, gradient, weighted, band)
+    before, after = costs(shape, causal, degree, gradient, chunk, weighted, rank, band, heavy, few)
+    symbolic = symbolic_costs(causal, degree, gradient, weighted, band, few.values > 0)
     verdict: Literal["low_rank", "exact"] = "low_rank"
     if options.policy == "exact":
         verdict, reason = "exact", "policy='exact'"
@@ -325,6 +335,7 @@ def decide(shape: dict[str, int], causal: bool, options: Options, device: str) -
         polynomial=options.polynomial,
         band=band and low,
         heavy=heavy if low else 0,
+        few=few if low else Few(),
         shape=shape,
         flops_before=before,
         flops_after=after if low else before,

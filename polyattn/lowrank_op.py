@@ -7,7 +7,7 @@ are computed exactly, forward and backward.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from polyattn.codegen import exact as dense
 from polyattn.codegen import heavy, impossible, target
 from polyattn.codegen.evaluate import block_length
-from polyattn.codegen.project import finite, project
+from polyattn.codegen.project import Few, finite, project
 from polyattn.codegen.shift import STATISTICS, Heavy, Moved, Turn, move
 from polyattn.codegen.spec import KernelSpec
 from polyattn.codegen.tables import Scalars
@@ -31,8 +31,10 @@ GRADIENTS = ("consistent", "substituted")
 OUTLIERS = 1 / 64
 """Rows outside of what was fitted are exact where they are no larger part of a call than this; where they are more, the
 fit does not suit the call, and an audit says so."""
-FIRST, NUMBERS = 7, 11
-"""Of a setting, as its backward gets them: seven, and the widths of up to four degrees; then the named positions."""
+ROWS = 128
+"""Of dQ, that say which directions of the keys matter to it."""
+FIRST, NUMBERS = 8, 12
+"""Of a setting, as its backward gets them: eight, and the widths of up to four degrees; then the named positions."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class Setting:
     """Without a mask: whether keys in a query's chunk and next to it stay exact."""
     heavy: Heavy = field(default_factory=Heavy)
     """Which keys stay exact wherever the query stands."""
-    directions: int = 0
-    """Of the substituted gradient: how many directions values, queries and keys are projected on; 0: all."""
+    few: Few = field(default_factory=Few)
+    """Of the substituted gradient: how many directions values, and queries and keys, are projected on."""
     widths: tuple[int, ...] = ()
     """Of a nested polynomial (features.Basis); nothing for the full form."""
     fitted: torch.Tensor | None = None
@@ -73,7 +75,7 @@ class Setting:
             STATISTICS.index(self.shift),
             int(self.band),
             self.heavy.count,
-            self.directions,
+            *self.few,
             *self.widths,
         ]
         return torch.tensor([*made, *[0] * (NUMBERS - len(made)), *self.heavy.positions])
@@ -81,7 +83,7 @@ class Setting:
     @classmethod
     def of(cls, numbers: torch.Tensor, scale: float, causal: bool, fitted: torch.Tensor) -> Setting:
         """The inverse of :meth:`numbers`; ``fitted`` has no elements where nothing is."""
-        degree, gradient, chunk, shift, band, count, directions, *widths = numbers.tolist()
+        degree, gradient, chunk, shift, band, count, few_values, few_keys, *widths = numbers.tolist()
         return cls(
             scale,
             causal,
@@ -91,7 +93,7 @@ class Setting:
             STATISTICS[shift],
             bool(band),
             Heavy(count, tuple(widths[NUMBERS - FIRST :])),
-            directions,
+            Few(few_values, few_keys),
             tuple(w for w in widths[:degree] if widths[0]),
             fitted if fitted.numel() else None,
         )
@@ -102,7 +104,7 @@ class Setting:
 
     @property
     def kernels(self) -> Kernels:
-        gradient = "projected" if self.directions else self.gradient
+        gradient = "projected" if self.few.keys else self.gradient
         return kernels(self.causal, self.degree, gradient, self.weighted, self.band)
 
     def basis(self, d: int) -> features.Basis:
@@ -220,7 +222,7 @@ def backward(
     inputs = {"V": vs, **moved.inputs, **setting.skeleton(len(ks), qs)}
     inputs.update(Q=low_q, G=low_g, O=low_o, D=low_d)
     names = (*wanted, "dB") if "dK" in wanted and moved.weights is not None else wanted
-    result = _gradients(names, inputs, setting)
+    result = _gradients(names, inputs, setting, lambda: _sampled((qs, ks, vs), low_g, moved, setting))
     if "dQ" in result:
         result["dQ"] = moved.query_gradient(result["dQ"])
     if "dK" in result:
@@ -234,19 +236,41 @@ def backward(
     return result.get("dQ"), result.get("dK"), result.get("dV")
 
 
-def _gradients(names: Sequence[str], inputs: Mapping[str, torch.Tensor], setting: Setting) -> dict[str, torch.Tensor]:
-    """Gradients of the kernels' inputs; where they are projected, that of values by a run of its own."""
+def _gradients(
+    names: Sequence[str],
+    inputs: Mapping[str, torch.Tensor],
+    setting: Setting,
+    rows: Callable[[], torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Gradients of the kernels' inputs; where values are projected, that of values by a run of its own.
+
+    ``rows``: makes some rows of dQ, [heads, ·, d].
+    """
     few = tuple(name for name in names if name != "dV")
-    if setting.directions and few and not finite(*(inputs[name] for name in "QKVGO")):
-        setting = replace(setting, directions=0)
+    if any(setting.few) and few and not finite(*(inputs[name] for name in "QKVGO")):
+        setting = replace(setting, few=Few())
     made = setting.kernels
-    if not setting.directions or not few:
+    if not any(setting.few) or not few:
         return _run(made.backward(names), inputs, setting)
-    projected = project(inputs, setting.directions)
-    result = projected.back(_run(made.backward(few), {**inputs, **projected.inputs}, setting))
-    if "dV" in names:
+    apart = setting.few.values > 0 and "dV" in names
+    projected = project(inputs, setting.few, rows)
+    result = projected.back(_run(made.backward(few if apart else names), {**inputs, **projected.inputs}, setting))
+    if apart:
         result |= _run(made.backward(("dV",)), inputs, setting)
     return result
+
+
+def _sampled(tensors: Grouped, g: torch.Tensor, moved: Moved, setting: Setting) -> torch.Tensor:
+    """Exact dQ of some rows at regular distances, in the coordinates of the moved queries: [heads, rows, d]."""
+    q, k, v = tensors
+    groups, n = q.shape[1:3]
+    nodes, at = exact_nodes(setting.causal), torch.arange(0, n, -(-n * groups // ROWS), device=q.device)
+
+    def some(h: int, i: int) -> torch.Tensor:
+        return dense.rows_backward(nodes, q[h, i, at], k[h], v[h], g[h, i, at], at, setting.scale, setting.causal)[0]
+
+    found = torch.stack([torch.cat([some(h, i) for i in range(groups)]) for h in range(len(q))])
+    return found if moved.turn is None else found @ moved.turn.k
 
 
 def _with_exact_rows(

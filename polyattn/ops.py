@@ -19,6 +19,7 @@ import torch
 from polyattn import fitting, guard, keymask, lowrank_op
 from polyattn.attempt import attempt
 from polyattn.codegen import exact as dense
+from polyattn.codegen.project import Few
 from polyattn.codegen.shift import Heavy
 from polyattn.errors import DeviceError, DoubleBackwardError, DtypeError, ShapeError
 from polyattn.options import Options
@@ -109,7 +110,7 @@ def _attention(
         opts.resolved_shift(causal),
         opts.band(causal),
         Heavy(opts.heavy_keys, opts.exact_keys),
-        opts.directions or 0,
+        Few(opts.value_directions or 0, opts.key_directions or 0),
     )
     if q.numel() == 0 or k.numel() == 0:  # nothing to decide, and nothing that torch's kernel survives
         out, stat = dense.empty_tokens_first(q, v.shape[-1]).zero_(), q.new_zeros(q.shape[:-1], dtype=accumulator)

@@ -62,9 +62,12 @@ class Options:
     gradient: Gradient = "auto"
     """``consistent``: exact gradient of the function computed; ``substituted``: the low-rank form put into exact
     attention's gradient (the paper); ``auto`` means ``consistent``."""
-    directions: int | None = None
-    """Of the substituted gradient: values, queries and keys are projected on so many of their leading directions for dQ
-    and dK, whose cost is proportional to (directions + 1) directions then, in place of (e + 1) d; None: on none."""
+    value_directions: int | None = None
+    """Of the substituted gradient, whose cost is proportional to (e + 1) d: values are projected on so many leading
+    directions of the products with the output's gradient, in place of e; None: they are not."""
+    key_directions: int | None = None
+    """Likewise, in place of d: keys are projected on the leading directions of dQ on sampled rows, and queries on their
+    own; None: they are not."""
     near_field: int | None = None
     """Without a mask, keys of a query's own chunk and of the two next to it stay exact, chunks of so many tokens: all
     keys at most that far away. For heads that look at their neighbourhood; None: no key. Under a causal mask the chunk
@@ -130,13 +133,10 @@ class Options:
             )
         else:
             _check("rank", rank is None or (_is_int(rank) and rank >= 2), rank, "an integer >= 2, or None")
-        directions = self.directions
-        _check(
-            "directions",
-            directions is None or (_is_int(directions) and directions >= 1 and self.gradient == "substituted"),
-            directions,
-            "an integer >= 1 beside gradient='substituted', or None",
-        )
+        for name in ("value_directions", "key_directions"):
+            count = getattr(self, name)
+            good = count is None or (_is_int(count) and count >= 1 and self.gradient == "substituted")
+            _check(name, good, count, "an integer >= 1 beside gradient='substituted', or None")
         chunk = self.causal_chunk
         _check("causal_chunk", chunk is None or (_is_int(chunk) and chunk >= 1), chunk, "a positive integer or None")
         near = self.near_field
@@ -196,10 +196,10 @@ class Options:
 
     @property
     def resolved_gradient(self) -> Literal["consistent", "substituted", "projected"]:
-        """``projected`` is the substituted one on a few directions."""
+        """``projected`` is the substituted one with queries and keys on a few directions."""
         if self.gradient != "substituted":
             return "consistent"
-        return "substituted" if self.directions is None else "projected"
+        return "substituted" if self.key_directions is None else "projected"
 
     def resolved_shift(self, causal: bool) -> str:
         """Which tokens the means are taken of that queries and keys are shifted by: one of ``shift.STATISTICS``."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from dense import dense_fitted_polynomial, dense_polynomial, dense_skeleton
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -64,22 +65,26 @@ def gradients(inputs: list[torch.Tensor], g: torch.Tensor, causal: bool, **optio
 def test_all_directions_are_no_approximation(causal: bool, family: str) -> None:
     inputs, g = operands(mean=0.2)
     wanted = gradients(inputs, g, causal, **FAMILIES[family])
-    for found, x in zip(gradients(inputs, g, causal, directions=99, **FAMILIES[family]), wanted, strict=True):
+    for found, x in zip(
+        gradients(inputs, g, causal, value_directions=99, key_directions=99, **FAMILIES[family]), wanted, strict=True
+    ):
         torch.testing.assert_close(found, x, rtol=0, atol=1e-9)
 
 
 def dense_gradients(
-    inputs: list[torch.Tensor], g: torch.Tensor, causal: bool, count: int, **options: Any
+    inputs: list[torch.Tensor], g: torch.Tensor, causal: bool, few: project.Few, **options: Any
 ) -> tuple[torch.Tensor, ...]:
-    """Of the approximation written densely: with values of that many directions, and projected then; queries have mean
-    zero, so that no weight of a key depends on it."""
+    """Of the approximation written densely: with values of so many directions, and projected then; queries have mean
+    zero, so that no weight of a key depends on it. All rows of dQ say which directions of keys matter."""
     state = only_state()
     q, k, v = (x.detach() for x in inputs)
     kv, chunk = k.shape[1], 16 if causal else None
     queries = q.unflatten(1, (kv, -1)).flatten(0, 1)
-    of_g, of_v = project.values(g.unflatten(1, (kv, -1)).flatten(0, 1), v.flatten(0, 1), count)
-    centre = v.mean(2, keepdim=True)
-    few = centre + (v - centre) @ (of_v @ of_g.mT).view(2, kv, *of_v.shape[1:2], of_g.shape[1])
+    values = v
+    if few.values:
+        of_g, of_v = project.values(g.unflatten(1, (kv, -1)).flatten(0, 1), v.flatten(0, 1), few.values)
+        centre = v.mean(2, keepdim=True)
+        values = centre + (v - centre) @ (of_v @ of_g.mT).view(2, kv, *of_v.shape[1:2], of_g.shape[1])
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if options.get("features") == "skeleton":
@@ -89,30 +94,36 @@ def dense_gradients(
             return dense_polynomial(q, k, v, options["degree"], causal, 16, True, shift)
         return dense_fitted_polynomial(q, k, v, state.fitted, state.widths, True, chunk, False, shift)
 
-    dq, dk = torch.autograd.grad(attend(inputs[0], inputs[1], few), inputs[:2], g)
+    dq, dk = torch.autograd.grad(attend(inputs[0], inputs[1], values), inputs[:2], g)
     (dv,) = torch.autograd.grad(attend(*inputs), inputs[2:], g)
+    if not few.keys:
+        return dq, dk, dv
     d = q.shape[-1]
     to_q = to_k = torch.eye(d, dtype=q.dtype).expand(2 * kv, d, d)
     if state.fitted is not None and options.get("features") != "skeleton":
         to_q, to_k = (state.fitted[:, at : at + d, :d].repeat(2, 1, 1) for at in (0, d))
-    shifted = k - (k.mean(2, keepdim=True) if options.get("shift", True) else 0)
-    of_q, of_k = (project.directions(x, count) for x in (queries @ to_q[:, None], shifted.flatten(0, 1) @ to_k))
+    exact = F.scaled_dot_product_attention(*inputs, is_causal=causal, enable_gqa=True)
+    (rows,) = torch.autograd.grad(exact, inputs[:1], g)
+    of_k = project.directions(rows.unflatten(1, (kv, -1)).flatten(0, 1).flatten(1, 2) @ to_k, few.keys)
+    of_q = project.directions(queries @ to_q[:, None], few.keys)
     dq = dq.unflatten(1, (kv, -1)).flatten(0, 1) @ (to_k @ of_k @ of_k.mT @ to_q.mT)[:, None]
     dk = dk.flatten(0, 1) @ to_q @ of_q @ of_q.mT @ to_k.mT
     return dq.view_as(q), dk.view_as(k), dv
 
 
-def check(inputs: list[torch.Tensor], g: torch.Tensor, causal: bool, count: int, **options: Any) -> None:
-    found = gradients(inputs, g, causal, directions=count, **options)
-    for x, y in zip(found, dense_gradients(inputs, g, causal, count, **options), strict=True):
+def check(inputs: list[torch.Tensor], g: torch.Tensor, causal: bool, few: project.Few, **options: Any) -> None:
+    found = gradients(
+        inputs, g, causal, value_directions=few.values or None, key_directions=few.keys or None, **options
+    )
+    for x, y in zip(found, dense_gradients(inputs, g, causal, few, **options), strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("family", ["Taylor 2", "not shifted", "nested", "skeleton"])
-@pytest.mark.parametrize("count", [1, 4])
-def test_equals_the_densely_written_projection(causal: bool, family: str, count: int) -> None:
-    check(*operands(), causal, count, **FAMILIES[family])
+@pytest.mark.parametrize("few", [project.Few(2, 0), project.Few(0, 3), project.Few(1, 4)], ids=str)
+def test_equals_the_densely_written_projection(causal: bool, family: str, few: project.Few) -> None:
+    check(*operands(), causal, few, **FAMILIES[family])
 
 
 @settings(deadline=None, derandomize=True, max_examples=12)
@@ -122,10 +133,10 @@ def test_equals_the_densely_written_projection(causal: bool, family: str, count:
     n=st.integers(2, 40),
     d=st.integers(1, 7),
     e=st.integers(1, 7),
-    count=st.integers(1, 9),
+    few=st.builds(project.Few, st.integers(0, 8), st.integers(0, 8)),
 )
-def test_any_size(causal: bool, groups: int, n: int, d: int, e: int, count: int) -> None:
-    check(*operands(2 * groups, 2, n, d, e), causal, count, degree=2)
+def test_any_size(causal: bool, groups: int, n: int, d: int, e: int, few: project.Few) -> None:
+    check(*operands(2 * groups, 2, n, d, e), causal, few, degree=2)
 
 
 def test_values_and_keys_of_few_directions_lose_nothing_by_few() -> None:
@@ -136,7 +147,9 @@ def test_values_and_keys_of_few_directions_lose_nothing_by_few() -> None:
             narrow = torch.randn(x.shape[-1], 2, generator=generator, dtype=torch.float64)
             x.copy_(x @ narrow @ narrow.mT * 0.1)
     wanted = gradients(inputs, g, False, degree=2)
-    for found, x in zip(gradients(inputs, g, False, degree=2, directions=2), wanted, strict=True):
+    for found, x in zip(
+        gradients(inputs, g, False, degree=2, value_directions=2, key_directions=2), wanted, strict=True
+    ):
         torch.testing.assert_close(found, x, rtol=1e-7, atol=1e-7)
 
 
@@ -144,29 +157,32 @@ def test_values_and_keys_of_few_directions_lose_nothing_by_few() -> None:
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_cost_has_the_directions_in_place_of_the_widths(degree: int | None, causal: bool) -> None:
     rank = M if degree is None else R
-    made = {name: kernels(causal, degree, name, True).cost() for name in ("substituted", "projected")}
-    assert made["substituted"].coeff(rank).has(D * E)
-    assert not made["projected"].coeff(rank).has(D * E)
-    assert made["projected"].coeff(rank).has(D1 * E1)
+    plain, keys = (kernels(causal, degree, name, True) for name in ("substituted", "projected"))
+    assert plain.cost().coeff(rank).has(D * E)
+    assert not plain.cost(few_values=True).coeff(rank).has(D * E)
+    assert plain.cost(few_values=True).coeff(rank).has(D * E1)
+    assert keys.cost().coeff(rank).has(D1 * E)
+    assert keys.cost(few_values=True).coeff(rank).has(D1 * E1)
     shape = {"batch": 1, "heads": 1, "kv_heads": 1, "n_q": 4096, "n_k": 4096, "d": 64, "e": 64}
-    full, few = (
-        guard.costs(shape, causal, degree, name, 256, True, 512, False, 0, 16)[1]
-        for name in ("substituted", "projected")
+    full, values, both = (
+        guard.costs(shape, causal, degree, name, 256, True, 512, few=few)[1]
+        for name, few in (("substituted", None), ("substituted", project.Few(16)), ("projected", project.Few(16, 16)))
     )
-    assert few < full / 5
+    assert both < full / 5
+    assert both < values < full / 2
 
 
 def test_gradients_that_are_not_finite_are_no_error() -> None:
     """Loss scaling makes them on purpose now and then."""
     inputs, g = operands()
     g[0, 0, 3, 2] = torch.inf
-    found = gradients(inputs, g, False, degree=2, directions=3)
+    found = gradients(inputs, g, False, degree=2, value_directions=3, key_directions=3)
     assert not bool(found[0].isfinite().all())
     assert bool(found[0][1].isfinite().all()), "the other batch element"
 
 
 def test_they_belong_to_the_substituted_gradient() -> None:
-    for bad in ({"directions": 4}, {"directions": 0, "gradient": "substituted"}):
-        with pytest.raises(OptionValueError, match="directions"):
+    for bad in ({"key_directions": 4}, {"value_directions": 0, "gradient": "substituted"}):
+        with pytest.raises(OptionValueError, match=next(iter(bad))):
             Options.make(bad)
-    assert Options(gradient="substituted", directions=4).resolved_gradient == "projected"
+    assert Options(gradient="substituted", key_directions=4).resolved_gradient == "projected"
