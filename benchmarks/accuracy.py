@@ -7,8 +7,8 @@ windows of 512 tokens of the documentation that Python carries; queries, keys an
 4,096 tokens. The causal model is the demo's (2 layers of 4 heads, d = 32), trained for 250 steps with exact attention,
 on 2,048 held-out tokens. Attention runs through ``polyattn.attention`` in float32, ``policy="low_rank"`` without
 audits, and is compared with exact attention in float64, in the two units of tolerance: of the additive one the 98.5 %
-quantile over rows, and the relative one. Gradients are compared for two gradients of the output: smooth, a fixed linear
-function of the output, and white noise.
+quantile over rows, and the relative one. Gradients are compared (``polyattn.measure``) for two gradients of the output:
+smooth, a fixed linear function of the output, and white noise.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ SCHEMES = (
     Scheme("nested 4, at most 561", fitted(4, rank=561)),
     Scheme("nested 4, at most 1,600", NESTED, every=2, gradients=6),
     Scheme("skeleton 256", skeleton(256)),
+    Scheme("skeleton 256, 128 heavy keys", skeleton(256, heavy_keys=128)),
     Scheme("skeleton 512", skeleton(512), gradients=3),
     Scheme("skeleton 1,024", skeleton(1024), every=2, gradients=6),
     Scheme("skeleton 512, near field 8 to 15", skeleton(512, near_field=64), every=3, near=True),
@@ -82,17 +83,25 @@ CAUSAL = (
     Scheme("nested 4, at most 561", fitted(4, rank=561)),
     Scheme("skeleton 256", skeleton(256), gradients=1),
 )
+GRADIENTS: dict[str, dict[str, Any]] = {
+    "consistent": {"gradient": "consistent"},
+    "substituted": {"gradient": "substituted"},
+    "substituted on 16 × 16 directions": {
+        "gradient": "substituted",
+        "value_directions": 16,
+        "key_directions": 16,
+    },
+}
 TRANSFER = ("least squares 2", "nested 4, at most 561", "skeleton 512")
 Row = dict[str, Any]
 
 
 def errors(out: torch.Tensor, exact: torch.Tensor, v: torch.Tensor) -> list[tuple[float, float]]:
     """Per head the additive error that 98.5 % of rows stay within, and the relative error."""
-    centre = v.mean(2, keepdim=True)
-    unit = (v - centre).norm(dim=-1).amax(-1)
-    additive = (out - exact).norm(dim=-1).quantile(0.985, dim=-1) / unit
-    relative = ((out - exact).square().sum((2, 3)) / (exact - centre).square().sum((2, 3))).sqrt()
-    return list(zip(additive.flatten().tolist(), relative.flatten().tolist(), strict=True))
+    import polyattn
+
+    found = polyattn.Errors.of(out, exact, v)
+    return list(zip(found.additive.flatten().tolist(), found.relative.flatten().tolist(), strict=True))
 
 
 def exact_of(layer: Heads, causal: bool = False) -> torch.Tensor:
@@ -146,29 +155,14 @@ def measure(scheme: Scheme, layers: list[Heads], exact: list[torch.Tensor], ever
 
 
 def gradient_errors(layer: Heads, options: Mapping[str, Any], causal: bool) -> dict[str, list[float]]:
-    """Relative errors of dQ, dK and dV by both gradients, for a smooth and for a white gradient of the output."""
+    """Relative errors of dQ, dK and dV by each gradient, for a smooth and for a white gradient of the output."""
     import polyattn
 
-    generator = torch.Generator().manual_seed(0)
-    leaves = [x.detach().clone().requires_grad_() for x in layer]
-    wide = [x.detach().double().requires_grad_() for x in layer]
-    exact = F.scaled_dot_product_attention(*wide, is_causal=causal)
-    mix = torch.randn(exact.shape[-1], exact.shape[-1], generator=generator, dtype=torch.float64)
-    cotangents = {
-        "smooth": exact.detach() @ mix,
-        "white": torch.randn(exact.shape, generator=generator, dtype=torch.float64),
-    }
-    wanted = {kind: torch.autograd.grad(exact, wide, g, retain_graph=True) for kind, g in cotangents.items()}
     found: dict[str, list[float]] = {}
-    for gradient in ("consistent", "substituted"):
-        polyattn.reset()
-        low = {**options, "policy": "low_rank", "audit_rows": 0, "gradient": gradient}
-        out = polyattn.attention(*leaves, causal=causal, options=low)
-        for kind, g in cotangents.items():
-            got = torch.autograd.grad(out, leaves, g.float(), retain_graph=True)
-            found[f"{gradient}, {kind}"] = [
-                float((x - y).norm() / y.norm()) for x, y in zip(got, wanted[kind], strict=True)
-            ]
+    for name, more in GRADIENTS.items():
+        for kind in ("smooth", "white"):
+            made = polyattn.measure(*layer, kind, causal=causal, options={**options, **more})
+            found[f"{name}, {kind}"] = [float(x) for x in (made.dq, made.dk, made.dv) if x is not None]
     return found
 
 

@@ -77,7 +77,8 @@ def write(
         "Mean pooling has a relative error of 1 by definition. Seconds per head are those of a first forward, with the "
         "fit, which is kept; what takes long is measured on some of the 72 heads. *Nested* and *least squares* are "
         "polynomials fitted to a head, *near field* keeps keys exact that are at least and at most so many positions "
-        "away in the window, in every window. FAVOR+, Nyströmformer and tensor sketch are plain implementations of "
+        "away in the window, in every window; *heavy keys* are those of largest norm, computed exactly. FAVOR+, "
+        "Nyströmformer and tensor sketch are plain implementations of "
         "other methods (benchmarks/references.py) with the key shift and one seed; the truncated SVD of the softmax "
         "matrix is the limit of what any matrix of that rank can do in Frobenius norm.",
         "",
@@ -87,7 +88,9 @@ def write(
         "",
         "### Gradients",
         "",
-        "Relative errors of dQ, dK, dV: medians over the heads within 2e-2 and 0.1, and the largest of all on them.",
+        "Relative errors of dQ, dK, dV: medians over the heads within 2e-2 and 0.1, and the largest of all on them. "
+        "On 16 × 16 directions the substituted gradient costs 3.9 times less at this head dim: (16 + 1) 16 over "
+        "(32 + 1) 32.",
         "",
         *gradients(table["encoder"]),
         "",

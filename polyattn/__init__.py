@@ -3,6 +3,7 @@
     torch.compile(model, backend="polyattn", options={...})     # no import needed
     polyattn.explain(model, *inputs)                            # what happened, and why
     polyattn.attention(q, k, v, causal=True)                    # the same as a function
+    polyattn.measure(q, k, v)                                   # how far that is from exact attention
 
 Names are imported when they are first used: importing ``polyattn`` loads neither torch nor any layer.
 """
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         UnknownOptionError,
     )
     from polyattn.explain import explain
+    from polyattn.measure import Errors, measure
     from polyattn.ops import attention
     from polyattn.options import Options
     from polyattn.passes.site import Refusal
@@ -42,6 +44,8 @@ _HOME = {
     "reports": "polyattn.backend",
     "reset": "polyattn.backend",
     "explain": "polyattn.explain",
+    "Errors": "polyattn.measure",
+    "measure": "polyattn.measure",
     "attention": "polyattn.ops",
     "Options": "polyattn.options",
     "fits": "polyattn.saved",
@@ -70,6 +74,7 @@ __all__ = [
     "DoubleBackwardError",
     "DtypeError",
     "EmitError",
+    "Errors",
     "ExpectSitesError",
     "FitError",
     "LiftError",
@@ -88,6 +93,7 @@ __all__ = [
     "explain",
     "fits",
     "load_fits",
+    "measure",
     "refresh",
     "reports",
     "reset",

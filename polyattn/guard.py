@@ -228,6 +228,13 @@ def keep(where: Key, state: SiteState) -> SiteState:
         return _states.setdefault(where, state)
 
 
+def forget(site: str, owners: tuple[int, ...]) -> SiteState | None:
+    """Take a state out, the first one that a site has for these parameters."""
+    with _lock:
+        found = next((where for where in _states if (where.site, where.owners) == (site, owners)), None)
+        return None if found is None else _states.pop(found)
+
+
 def reset() -> None:
     """Forget every decision."""
     with _lock:

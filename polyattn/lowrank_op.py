@@ -168,21 +168,37 @@ def grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Grouped:
     )
 
 
-def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, setting: Setting) -> Forward:
-    """Low-rank attention of grouped tensors."""
-    made = setting.kernels
+@dataclass(frozen=True)
+class Approximated:
+    """What the kernels make of grouped tensors, heavy keys included, before any row is computed exactly."""
+
+    out: torch.Tensor
+    denominators: torch.Tensor
+    off: torch.Tensor
+    """Denominators that no softmax has, [heads, groups, n_q]."""
+    moved: Moved
+
+
+def approximate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, setting: Setting) -> Approximated:
+    """The low-rank form in all rows: it is linear in the values."""
     moved = setting.moved(q, k)
-    inputs = {"V": v, **moved.inputs, **setting.skeleton(len(k), q)}
-    result = _run(made.forward, inputs, setting)
+    result = _run(setting.kernels.forward, {"V": v, **moved.inputs, **setting.skeleton(len(k), q)}, setting)
     out, denominators = result["O"], result["D"]
-    bad = impossible.denominators(moved, denominators, setting.scale, setting.causal)
+    off = impossible.denominators(moved, denominators, setting.scale, setting.causal)
     if moved.heavy is not None:
         nodes = exact_nodes(setting.causal)
         out, denominators = heavy.forward(nodes, (q, k, v), moved, out, denominators, setting.scale, setting.causal)
-    bad |= ~(torch.isfinite(denominators) & (denominators > 0)) | impossible.outputs(v, out)
+        off |= ~(torch.isfinite(denominators) & (denominators > 0))
+    return Approximated(out, denominators, off, moved)
+
+
+def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, setting: Setting) -> Forward:
+    """Low-rank attention of grouped tensors."""
+    made = approximate(q, k, v, setting)
+    out, denominators, bad = made.out, made.denominators, made.off | impossible.outputs(v, made.out)
     if setting.radius is not None:
         radius = setting.radius.to(q.dtype).repeat(len(k) // len(setting.radius))
-        outside = inputs["Q"].norm(dim=-1) > radius[:, None, None]
+        outside = made.moved.q.norm(dim=-1) > radius[:, None, None]
         if int(outside.sum()) <= OUTLIERS * outside.numel():
             bad |= outside
     count = int(bad.sum())

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import textwrap
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyattn.options import Options
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import torch.fx as fx
 
     from polyattn.guard import SiteState
+    from polyattn.plots import Samples
 
 UNDECIDED = "the graph has not run yet"
 
@@ -44,6 +46,9 @@ class SiteReport:
     options: Options
     exact: str = ""
     """Why the site was exact when it was compiled already; empty where that is decided when it runs."""
+    samples: tuple[Samples, ...] = dataclasses.field(default=(), repr=False, compare=False)
+    """Rows and weights of the last low-rank call beside exact ones, for each state that is low rank; only
+    :func:`polyattn.explain` takes them."""
 
     @classmethod
     def of(cls, identifier: str, site: Site, options: Options) -> SiteReport:
@@ -108,6 +113,11 @@ class SiteReport:
     def band(self) -> bool:
         """Whether, without a mask, keys of neighbouring chunks are exact."""
         return bool(self._of_worst("band", False))
+
+    @property
+    def heavy(self) -> int:
+        """How many keys of each head stay exact for every query."""
+        return int(self._of_worst("heavy", 0))
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -189,7 +199,7 @@ class SiteReport:
                 causal=self.causal,
                 degree=self.degree,
                 gradient=self.gradient,
-                weighted=self.shift != "none",
+                weighted=self._of_worst("weighted", False),
                 band=self.band,
             )
         )
@@ -206,17 +216,16 @@ class SiteReport:
                 causal=self.causal,
                 degree=self.degree,
                 gradient=self.gradient,
-                weighted=self.shift != "none",
+                weighted=self._of_worst("weighted", False),
                 band=self.band,
             )
         )
 
     def _graphs(self) -> tuple[fx.GraphModule | None, fx.GraphModule | None]:
-        if (
-            self.verdict != "low_rank"
-            or self.degree is None
-            or (self.worst is not None and self.worst.fitted is not None)
-        ):
+        worst = self.worst
+        if worst is None or self.verdict != "low_rank" or self.degree is None:
+            return None, None
+        if worst.fit is not None or worst.heavy or any(worst.few):
             return None, None
         from polyattn.passes import inspection
 
@@ -235,14 +244,14 @@ class SiteReport:
 
     @property
     def forward_graph(self) -> fx.GraphModule | None:
-        """The rewritten forward as a runnable graph; None for exact sites, and for features that are
-        fitted to a head."""
+        """The rewritten forward as a runnable graph; None for exact sites, for features that are
+        fitted to a head, with heavy keys and where gradients are projected."""
         return self._graphs()[0]
 
     @property
     def backward_graph(self) -> fx.GraphModule | None:
-        """The rewritten backward as a runnable graph; None for exact sites, and for features that are
-        fitted to a head."""
+        """The rewritten backward as a runnable graph; None for exact sites, for features that are
+        fitted to a head, with heavy keys and where gradients are projected."""
         return self._graphs()[1]
 
     def to_dict(self) -> dict[str, Any]:
@@ -273,27 +282,41 @@ class SiteReport:
             "flops_before": self.flops_before,
             "flops_after": self.flops_after,
             "states": [_state_dict(state) for state in self.states],
+            "samples": [samples.to_dict() for samples in self.samples],
         }
 
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """Draw the samples: approximate over exact weights, and errors of rows over their position.
+
+        Args:
+            path: where the figure is written; its ending (.svg, .png, .pdf) is the format.
+        Returns:
+            the matplotlib Figure.
+        Raises:
+            PolyattnError: there are no samples, or matplotlib is not installed; the message says what to install.
+        """
+        from polyattn import plots
+
+        return plots.draw(self.samples, f"{self.where}: {self.spelling}", self.tolerance, path)
+
+    def sketch(self) -> str:
+        """The samples as histograms in plain text; empty without samples."""
+        from polyattn import plots
+
+        return plots.sketch(self.samples, self.tolerance)
+
     def __str__(self) -> str:
-        scale = "of a dynamic size" if math.isnan(self.scale) and not self.exact else f"{self.scale:.6g}"
-        lines = [self.where, f"  {self.spelling}", f"  {self.shape_text}   scale={scale}   mask={self.mask}"]
-        states = self.states
-        if self.exact:
-            lines += textwrap.wrap(f"EXACT: {self.exact}", 110, initial_indent="  ", subsequent_indent="    ")
-        elif not states:
-            lines.append(f"  undecided: {UNDECIDED}")
-        for number, state in enumerate(states):
-            lines.extend(_state_lines(state, self.tolerance, f"layer {number}: " if len(states) > 1 else ""))
-        return "\n".join(lines)
+        from polyattn.page import site_text
+
+        return site_text(self)
 
 
 _STATE_FIELDS = (
-    "verdict", "reason", "degree", "rank", "features", "chunk", "band", "widths", "polynomial",
+    "verdict", "reason", "degree", "rank", "features", "chunk", "band", "heavy", "few", "widths", "polynomial",
     "gradient", "shift", "error", "worst_error",
     "relative_error",
     "worst_relative_error", "guarantee", "shape", "flops_before", "flops_after", "calls", "audits", "audited_call",
-    "calls_since_audit", "exact_rows", "fit_error",
+    "calls_since_audit", "exact_rows", "fits", "fit_error",
 )  # fmt: skip
 
 
@@ -305,61 +328,6 @@ def _badness(state: SiteState) -> tuple[bool, float]:
 
 def _state_dict(state: SiteState) -> dict[str, Any]:
     return {name: getattr(state, name) for name in _STATE_FIELDS}
-
-
-def _state_lines(state: SiteState, tolerance: float, label: str) -> list[str]:
-    head = f"{label}{state.verdict.upper().replace('_', ' ')}"
-    if state.verdict == "low_rank":
-        family = "skeleton features" if state.degree is None else f"degree {state.degree}"
-        family += f", coefficients by {state.polynomial.replace('_', ' ')}" if state.polynomial != "taylor" else ""
-        family += f", nested {state.widths}" if state.widths else ""
-        head += f", {family}, rank {state.rank}, {state.gradient} gradient"
-        head += {"none": "", "call": ", shifted", "first_chunk": ", shifted by the first chunk"}[state.shift]
-        head += f", keys up to {state.chunk} tokens away exact" if state.band else ""
-    lines = textwrap.wrap(f"{head}: {state.reason}", 110, initial_indent="  ", subsequent_indent="    ")
-    if state.flops_before:
-        lines.append(f"    FLOPs {_count(state.flops_before)} → {_count(state.flops_after)}{_ratio(state)}")
-    if state.error is not None:
-        worst = f" (worst {state.worst_error:.2e})" if state.audits > 1 else ""
-        relative = f", relative {state.relative_error:.2e}" if state.relative_error is not None else ""
-        lines.append(f"    error of the last audit {state.error:.2e}{worst} of {tolerance:g} allowed{relative}")
-    if state.fit_error and state.verdict == "low_rank":
-        lines.append(f"    {_fit(state)}")
-    lines.append(f"    guarantee: {_guarantee(state)}")
-    return lines
-
-
-def _fit(state: SiteState) -> str:
-    """What is known of a fit: how far rows are off that it could see, and to which queries it was made."""
-    errors = state.fit_error
-    text = f"fitted at the first call: a row's weights off by {sum(errors) / len(errors):.2g} in sum"
-    text += f" (worst head {max(errors):.2g})" if len(errors) > 1 else ""
-    if state.radius is not None:
-        text += f"; queries to a norm of {float(state.radius.min()):.3g}"
-        text += f" to {float(state.radius.max()):.3g}" if len(errors) > 1 else ""
-    return text + (f"; {state.exact_rows} rows exact so far" if state.exact_rows else "")
-
-
-def _guarantee(state: SiteState) -> str:
-    if state.guarantee == "audited":
-        times = "once" if state.audits == 1 else f"{state.audits} times"
-        return f"audited {times}, last at call {state.audited_call} of {state.calls}; it does not bound every row"
-    return str(state.guarantee)
-
-
-def _ratio(state: SiteState) -> str:
-    if state.flops_after <= 0 or state.verdict == "exact":
-        return ""
-    ratio = state.flops_before / state.flops_after
-    return f" ({ratio:.3g}x fewer)" if ratio >= 1 else f" ({1 / ratio:.3g}x more)"
-
-
-def _count(flops: float) -> str:
-    for unit in ("", "K", "M", "G", "T"):
-        if flops < 1000:
-            return f"{flops:.3g}{unit}"
-        flops /= 1000
-    return f"{flops:.4g}P"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -398,8 +366,24 @@ class Report:
             "failure": self.failure,
         }
 
+    def plot(self, folder: str | os.PathLike[str]) -> list[Path]:
+        """Write a figure of each site that has samples (:meth:`SiteReport.plot`) into a folder, made where it is not.
+
+        Returns:
+            the files, ``site-1.svg`` for the first site and so on; none where no site has samples.
+        Raises:
+            PolyattnError: matplotlib is not installed; the message says what to install.
+        """
+        paths = []
+        for number, site in enumerate(self.sites, start=1):
+            if site.samples:
+                paths.append(Path(folder) / f"site-{number}.svg")
+                site.plot(paths[-1])
+        return paths
+
     def to_html(self, path: str | os.PathLike[str]) -> None:
-        """Write a self-contained page: the report, with derivations and kernels to unfold."""
+        """Write a self-contained page: the report, with derivations and kernels to unfold, and with the figures of
+        samples where matplotlib is installed."""
         from polyattn.page import render
 
         with open(path, "w", encoding="utf-8") as file:

@@ -3,16 +3,20 @@
     exp(s q·k) ≈ Φ(q) Z R(k)ᵀ,   Φ(q)_ρ = exp(s q·κ_ρ),   R(k)_σ = exp(s k·λ_σ)
 
 κ are keys and λ queries, drawn by what of the softmax rows P the ones before them leave (adaptive sampling of columns
-and of rows) and then moved to the centroid of the tokens nearest to them, keys weighted by the attention they get. The
-core is a generalised Nyström approximation in the measure of the output: with rows I, columns J and row sums z,
+and of rows) and then moved to the centroid of the tokens nearest to them, each token weighted by the square of its
+column or row of P: by what of the Frobenius norm it stands for. The core is a generalised Nyström approximation in the
+measure of the output: with rows I, columns J and row sums z,
 
     Z = pinv(Φ_I / z_I) · P_IJ · pinv(R_J)ᵀ,   P_IJ = exp(s Q_I K_Jᵀ) B_J / z_I,   R_J with the weights B of the keys
 
-with a ridge on each side; the pair is taken that errs least on fresh rows. Where a near field is exact, only far pairs
-count: near entries of P_IJ are exact at first and then, ``ROUNDS`` times, what the model has there.
+with the same ridge on both sides, that of ``RIDGES`` that errs least on fresh rows. It is judged by squares, as the
+output is: Σ_j |P̃_ij − P_ij| counts the many entries that no value tells apart and takes too large a ridge. Where a near
+field is exact, only far pairs count: near entries of P_IJ are exact at first and then, ``ROUNDS`` times, what the model
+has there.
 
-Gram matrices and their factors are in float64. P meets the features once, after these were made orthonormal, and only
-there float32 is enough. The fit belongs to a head, not to a sequence, and is used again.
+Gram matrices and their factors are in float64, for they hold the squares of the ridges; features are in the dtype in
+which kernels form them. P meets them once, after they were made orthonormal, and only there float32 is enough. The fit
+belongs to a head, not to a sequence, and is used again.
 """
 
 from __future__ import annotations
@@ -24,12 +28,12 @@ import torch
 
 from polyattn.rewriter.pairs import Pairs
 
-RIDGES = (1e-2, 3e-3, 1e-3, 1e-4)
-"""Of the largest singular value of the features, whose columns are scaled to length one before."""
+RIDGES = (3e-3, 1e-4)
+"""Descending. Of the largest singular value of the features, whose columns are scaled to length one before."""
 SAMPLES, CANDIDATES, WITNESSES, BLOCK = 8, 4, 2, 64
 """Per landmark: rows and columns of the core; tokens it is drawn from; entries of each. Landmarks drawn at a time."""
-MASS_ROWS, LLOYD, VALIDATION, ROUNDS = 256, 16, 128, 2
-"""Rows that say which keys get attention; tokens per landmark in clustering; rows that choose ridges; imputations."""
+MASS_ROWS, LLOYD, VALIDATION, ROUNDS = 256, 2, 128, 2
+"""Rows that say which keys get attention; steps of clustering; rows that choose the ridge; imputations."""
 LIMIT, FAINT = 70.0, -40.0
 """Logarithms: the largest feature of a fitted token, and the least length of a column of features."""
 
@@ -66,7 +70,7 @@ def fit(
     Args:
         q: queries [heads, elements, n_q, d]; k: keys [heads, elements, n_k, d], both shifted (codegen/shift.py); a
             query attends to the keys of its own batch element.
-        weights: of the keys, [heads, elements, n_k].
+        weights: of the keys, [heads, elements, n_k]; a key of weight 0 is not attended to.
         scale: factor of the logits.
         m: landmarks on each side; no more than there are queries or keys are used, the rest repeat them.
         causal: a query attends to the keys up to its own position.
@@ -105,16 +109,14 @@ class _Head:
         some, i, fresh = (self.draw(count, n_q) for count in (MASS_ROWS, SAMPLES * m, VALIDATION))
         mass = self.rows(some, every)[0].masked_fill(~self.pairs.far(some, every), 0).mean(0)
         mass = mass / mass.sum().clamp_min(1e-30)
-        j = self.choose(mass + 1 / n_k, SAMPLES * m)
-        drawn = (j if len(j) == n_k else every)[: min(len(j), CANDIDATES * m)]  # among the columns, in random order
-        j = every if len(j) == n_k else j
+        j, order = self.choose((mass + 1 / n_k).masked_fill(self.logs.isneginf(), 0), SAMPLES * m).sort()
+        drawn = order.argsort()[: CANDIDATES * m]  # columns in the order in which they were drawn
         p, z = self.rows(i, j)
         keys = self.adaptive(p[: WITNESSES * m, drawn], m)
         queries = self.adaptive(p[: CANDIDATES * m, drawn[: WITNESSES * m]].mT, m)
-        part = self.draw(LLOYD * m, n_k)
-        kappa = centroids(self.k[part], mass[part] + 0.1 / n_k, self.k[j[drawn[keys]]], m)
-        part = self.draw(LLOYD * m, n_q)
-        lam = centroids(self.q[part], torch.ones_like(self.q[part, 0]), self.q[i[queries]], m) / self.scale
+        of_rows, of_columns = self.squares(p, i, j, WITNESSES * m)
+        kappa = centroids(self.k[j], of_columns, self.k[j[drawn[keys]]], m)
+        lam = centroids(self.q[i], of_rows, self.q[i[queries]], m) / self.scale
         kappa = kappa * (LIMIT / (self.q @ kappa.mT).amax(0).clamp_min(LIMIT))[:, None]
         lam = lam * (LIMIT / (self.scale * self.k @ lam.mT).amax(0).clamp_min(LIMIT))[:, None]
         core, error = self.core(kappa, lam, i, j, p, z, fresh)
@@ -131,23 +133,22 @@ class _Head:
         fresh: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The core [m, m] and its error on fresh rows; near entries of p [rows i, columns j] are overwritten."""
-        left = _Side(self.q[i].double() @ kappa.double().mT - z.double())
-        right = _Side(self.scale * self.k[j].double() @ lam.double().mT + self.logs[j, None].double())
-        u, v, check = left.orthonormal.to(p.dtype), right.orthonormal.to(p.dtype), _Check(self, kappa, lam, fresh)
+        left = _Side(torch.addmm(z, self.q[i], kappa.mT, beta=-1))
+        right = _Side(torch.addmm(self.logs[j, None], self.k[j], lam.mT, alpha=self.scale))
+        u, v, check = left.orthonormal, right.orthonormal, _Check(self, kappa, lam, fresh)
         met = u.mT @ (p @ v)  # [m, m]
-        ridges = check.ridges(left, right, met)
+        ridge = check.ridge(left, right, met)
         if self.pairs.near is not None:
             blocks = self.blocks(i, j)
-            x, y = left.x.to(p.dtype), right.x.to(p.dtype)
             for _ in range(ROUNDS):
-                model = x @ _solution(left, right, met, ridges).to(p.dtype)
+                model = left.x @ _solution(left, right, met, ridge).to(p.dtype)
                 for rows, columns, local in blocks:
                     old = p[rows[:, None], columns]
-                    new = torch.where(local, model[rows] @ y[columns].mT, old)
+                    new = torch.where(local, model[rows] @ right.x[columns].mT, old)
                     p[rows[:, None], columns] = new
                     met += u[rows].mT @ ((new - old) @ v[columns])
-            ridges = check.ridges(left, right, met)
-        core = _solution(left, right, met, ridges)
+            ridge = check.ridge(left, right, met)
+        core = _solution(left, right, met, ridge)
         core = (core * (-left.logs[:, None] - right.logs).exp()).to(p.dtype)
         error = check.error(check.phi @ core)
         return core.nan_to_num(0, 0, 0), error
@@ -156,12 +157,13 @@ class _Head:
         return torch.randperm(n, generator=self.generator)[: min(count, n)].to(self.q.device)
 
     def choose(self, share: torch.Tensor, count: int) -> torch.Tensor:
-        """Indices drawn by their share, each once."""
+        """Indices drawn by their share, each once and none whose share is 0."""
         share = share.double().cpu()
-        return torch.multinomial(share, min(count, len(share)), generator=self.generator).to(self.q.device)
+        count = min(count, int(share.count_nonzero()))
+        return torch.multinomial(share, count, generator=self.generator).to(self.q.device)
 
     def logits(self, i: torch.Tensor) -> torch.Tensor:
-        return torch.addmm(self.logs, self.q[i], self.k.mT)
+        return (self.q[i] @ self.k.mT).add_(self.logs)
 
     def rows(self, i: torch.Tensor, j: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Softmax rows at columns j, [i, j], and the logarithms of their sums, [i, 1].
@@ -181,18 +183,39 @@ class _Head:
                 total = (total * native.to(a.dtype).mean(1, keepdim=True)).maximum((a * native).sum(1, keepdim=True))
             entries.append((a if len(j) == len(every) else a[:, j]).div_(total))
             sums.append(top + total.log())
-        return torch.cat(entries), torch.cat(sums)
+        return (entries[0], sums[0]) if len(entries) == 1 else (torch.cat(entries), torch.cat(sums))
+
+    def squares(
+        self, p: torch.Tensor, i: torch.Tensor, j: torch.Tensor, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the rows and of the columns of p, their sums over far pairs, each as a share of all, with a little added.
+
+        Where not all pairs are far, rows count alike and columns by ``count`` rows: masks take longer than sums.
+        """
+        masked = not self.whole or self.pairs.near is not None
+        rows, columns = [], torch.zeros_like(p[0])
+        for at in range(0, count if masked else len(p), 256):  # parts that stay in the cache
+            part = p[at : at + 256].square()
+            if masked:
+                part = part.masked_fill_(~self.pairs.far(i[at : at + 256], j), 0)
+            columns += part.sum(0)
+            rows.append(part.sum(1))
+        of_rows = torch.ones_like(p[:, 0]) if masked else torch.cat(rows)
+        by_side = ((x / x.sum().clamp_min(1e-30) + 1e-6 / len(x)) for x in (of_rows, columns))
+        return next(by_side), next(by_side)
 
     def adaptive(self, p: torch.Tensor, m: int) -> torch.Tensor:
         """Columns of p, at most m, each block of them drawn by what the ones before it leave of the squares."""
-        rest, picks = p.clone(), torch.empty(0, dtype=torch.long, device=p.device)
-        while len(picks) < min(m, p.shape[1]):
-            share = rest.square().sum(0).double() + 1e-30
+        m = min(m, p.shape[1])
+        rest, picks, basis = p.square().sum(0), torch.empty(0, dtype=torch.long, device=p.device), p[:, :0]
+        while len(picks) < m:
+            share = rest.clamp_min(0).double() + 1e-30
             share[picks] = 0
-            new = self.choose(share, min(BLOCK, min(m, p.shape[1]) - len(picks)))
-            basis = torch.linalg.qr(rest[:, new])[0]
-            rest.addmm_(basis, basis.mT @ rest, alpha=-1)
-            picks = torch.cat([picks, new])
+            new = self.choose(share, min(max(BLOCK, m // 8), m - len(picks)))
+            block = p[:, new]
+            block = torch.linalg.qr(block - basis @ (basis.mT @ block))[0]
+            rest -= (block.mT @ p).square().sum(0)
+            picks, basis = torch.cat([picks, new]), torch.cat([basis, block], 1)
         return picks
 
     def blocks(self, i: torch.Tensor, j: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -211,23 +234,35 @@ class _Head:
 
 
 class _Side:
-    """Features of sampled tokens, [samples, m], columns scaled to length one; given by their logarithms, in float64."""
+    """Features of sampled tokens, [samples, m], columns scaled to length one; given by their logarithms."""
 
     def __init__(self, logs: torch.Tensor) -> None:
-        top = logs.amax(0)
+        top = logs.amax(0).clamp_min(torch.finfo(logs.dtype).min)
         x = logs.sub_(top).exp_()
-        norms = x.norm(dim=0)
-        self.logs = (top + norms.log()).clamp_min(FAINT)
-        self.x = x.mul_((top - self.logs).exp())
-        gram = self.x.mT @ self.x
+        wide = x.double()
+        gram = _gram(wide)
+        self.logs = (top + 0.5 * gram.diagonal().log()).clamp_min(FAINT)
+        size = (top - self.logs).exp()
+        wide, gram = wide * size, gram * size * size[:, None]  # in float64 wide was x
+        self.x = wide.to(x.dtype)
         vector = torch.ones_like(gram[:, :1])
         for _ in range(20):
             vector = gram @ vector
             vector = vector / vector.norm().clamp_min(1e-30)
         largest, eye = (gram @ vector).norm(), torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         self.factors = [torch.linalg.cholesky(gram + (ridge**2 * largest + 1e-30) * eye) for ridge in RIDGES]
-        self.orthonormal = torch.linalg.solve_triangular(self.factors[-1], self.x.mT, upper=False).mT
-        """By the factor of the least ridge."""
+        orthonormal = torch.linalg.solve_triangular(self.factors[-1], wide.mT, upper=False).mT
+        self.orthonormal = orthonormal.to(x.dtype)
+        """By the factor of the least ridge. In float32 this solve would let a head of error 5e-4 err 4 times more."""
+
+
+def _gram(x: torch.Tensor) -> torch.Tensor:
+    """xᵀx, [m, m], of which only one triangle is computed."""
+    gram = x.new_zeros(x.shape[1], x.shape[1])
+    step = max(64, x.shape[1] // 4)
+    for at in range(0, len(gram), step):
+        gram[at:, at : at + step] = x[:, at:].mT @ x[:, at : at + step]
+    return gram.tril() + gram.tril(-1).mT
 
 
 def _met(left: _Side, right: _Side, met: torch.Tensor) -> torch.Tensor:
@@ -236,10 +271,10 @@ def _met(left: _Side, right: _Side, met: torch.Tensor) -> torch.Tensor:
     return product
 
 
-def _solution(left: _Side, right: _Side, met: torch.Tensor, ridges: tuple[int, int]) -> torch.Tensor:
-    """The core [m, m] between features of length one: least squares on both sides, each with its ridge."""
-    half = torch.cholesky_solve(_met(left, right, met), left.factors[ridges[0]])
-    return torch.cholesky_solve(half.mT, right.factors[ridges[1]]).mT
+def _solution(left: _Side, right: _Side, met: torch.Tensor, ridge: int) -> torch.Tensor:
+    """The core [m, m] between features of length one: least squares on both sides with the same ridge."""
+    half = torch.cholesky_solve(_met(left, right, met), left.factors[ridge])
+    return torch.cholesky_solve(half.mT, right.factors[ridge]).mT
 
 
 class _Check:
@@ -247,6 +282,7 @@ class _Check:
 
     def __init__(self, head: _Head, kappa: torch.Tensor, lam: torch.Tensor, fresh: torch.Tensor) -> None:
         every = torch.arange(len(head.k), device=head.q.device)
+        fresh = fresh[(head.pairs.seen(fresh, every) & ~head.logs.isneginf()).any(1)]  # others have no softmax
         logits = head.logits(fresh)
         native, self.far = head.pairs.seen(fresh, every), head.pairs.far(fresh, every)
         self.wanted = logits.masked_fill(~native, -math.inf).softmax(1)
@@ -254,30 +290,34 @@ class _Check:
         self.phi = (head.q[fresh] @ kappa.mT).exp()
         self.psi = (head.scale * head.k @ lam.mT + head.logs[:, None]).exp()
 
-    def error(self, left: torch.Tensor) -> torch.Tensor:
-        """Σ_j |P̃_ij − P_ij|, mean over rows, of features times core [rows, m]; inf where numbers overflow."""
+    def difference(self, left: torch.Tensor) -> torch.Tensor:
+        """P̃ − P of features times core [rows, m], [rows, n_k]."""
         found = torch.where(self.far, left @ self.psi.mT, self.near)
-        found = found / found.sum(1, keepdim=True)
-        return (found - self.wanted).abs().sum(1).mean().nan_to_num(math.inf, math.inf)
+        return found.div_(found.sum(1, keepdim=True)).sub_(self.wanted)
 
-    def ridges(self, left: _Side, right: _Side, met: torch.Tensor) -> tuple[int, int]:
-        """Which ridge of each side errs least."""
-        phi, best, chosen = self.phi.double() * (-left.logs).exp(), math.inf, (0, 0)
-        products = _met(left, right, met)
-        for a, factor in enumerate(left.factors):
-            rows = torch.cholesky_solve(phi.mT, factor).mT @ products
-            for b, other in enumerate(right.factors):
-                core = torch.cholesky_solve(rows.mT, other).mT * (-right.logs).exp()
-                error = float(self.error(core.to(self.phi.dtype)))
-                if error < best:
-                    best, chosen = error, (a, b)
-        return chosen
+    def error(self, left: torch.Tensor) -> torch.Tensor:
+        """Σ_j |P̃_ij − P_ij|, mean over rows; inf where numbers overflow."""
+        return self.difference(left).abs_().sum(1).mean().nan_to_num(math.inf, math.inf)
+
+    def ridge(self, left: _Side, right: _Side, met: torch.Tensor) -> int:
+        """Which ridge errs least, by the squares."""
+        phi, products = self.phi.double() * (-left.logs).exp(), _met(left, right, met)
+        errors = []
+        for one, other in zip(left.factors, right.factors, strict=True):
+            rows = torch.cholesky_solve(phi.mT, one).mT @ products
+            rows = torch.cholesky_solve(rows.mT, other).mT * (-right.logs).exp()
+            errors.append(
+                float(self.difference(rows.to(self.phi.dtype)).square_().sum().nan_to_num(math.inf, math.inf))
+            )
+        return errors.index(min(errors))
 
 
 def centroids(x: torch.Tensor, mass: torch.Tensor, start: torch.Tensor, m: int) -> torch.Tensor:
-    """Centroids [m, d] of weighted tokens x [n, d]: one step of Lloyd's; fewer starts than m repeat."""
-    start = start[torch.arange(m, device=x.device) % len(start)]
-    nearest = torch.cdist(x, start).argmin(1)
-    sums = torch.zeros_like(start).index_add_(0, nearest, x * mass[:, None])
-    masses = torch.zeros_like(start[:, 0]).index_add_(0, nearest, mass)
-    return torch.where(masses[:, None] > 0, sums / masses.clamp_min(1e-30)[:, None], start)
+    """Centroids [m, d] of weighted tokens x [n, d]: steps of Lloyd's; fewer starts than m repeat."""
+    made, weighted = start[torch.arange(m, device=x.device) % len(start)], x * mass[:, None]
+    for _ in range(LLOYD):
+        nearest = torch.cdist(x, made).argmin(1)
+        sums = torch.zeros_like(made).index_add_(0, nearest, weighted)
+        masses = torch.zeros_like(made[:, 0]).index_add_(0, nearest, mass)
+        made = torch.where(masses[:, None] > 0, sums / masses.clamp_min(1e-30)[:, None], made)
+    return made

@@ -164,7 +164,7 @@ def test_the_report_names_family_coefficients_widths_and_near_field() -> None:
     text = str(site)
     assert "degree 3, coefficients by least squares, nested (6, " in text
     assert "keys up to 8 tokens away exact" in text
-    assert "fitted at the first call: a row's weights off by " in text
+    assert "fitted at call 1: a row's weights off by " in text
     assert site.to_dict()["states"][0]["widths"] == site.widths
     assert site.forward_graph is None
     assert "near" in site.derivation

@@ -183,6 +183,11 @@ def test_through_a_compiled_model_and_in_the_report() -> None:
     compiled(x).sum().backward()
     state = only_state()
     assert state.heavy == 4
+    site = polyattn.reports()[-1].sites[0]
+    assert "4 heavy keys exact" in str(site)
+    assert site.to_dict()["states"][0]["heavy"] == 4
+    assert site.forward_graph is None
+    assert "B[j]" in site.derivation or "diag(B)" in site.derivation
     plain = guard.costs(state.shape, False, 2, "consistent", 0, True)
     assert state.flops_after - plain[1] == guard.costs(state.shape | {"n_k": 4}, False, 2, "consistent", 0, True)[0]
 

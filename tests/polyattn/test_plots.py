@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import pathlib
@@ -13,12 +14,12 @@ import dense
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 import polyattn
-from polyattn import plots
+from polyattn import fitting, lowrank_op, plots
 from polyattn.errors import OptionValueError, PolyattnError
 from polyattn.plots import Samples
+from polyattn.samples import sample
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -113,7 +114,7 @@ def test_gradient_errors_are_those_of_autograd(causal: bool, kv_heads: int) -> N
 
 
 def test_long_calls_compare_queries_of_the_sampled_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["polyattn.measure"], "GRADIENT_PAIRS", N * N)
+    monkeypatch.setattr(importlib.import_module("polyattn.samples"), "GRADIENT_PAIRS", N * N)
     q, k, v = operands()  # two queries share a key head: more pairs than that
     samples = only(polyattn.explain(lambda *x: attend(*x, False).square().sum(), q, k, v, options=LOW))
     g = 2 * polynomial(q, k, v, False).detach()
@@ -148,13 +149,13 @@ def test_a_sum_after_a_normalisation_has_a_gradient() -> None:
 
 @pytest.mark.parametrize(
     "more",
-    [{"features": "skeleton", "rank": 8}, {"near_field": 4}, {"heavy_keys": 4}, {"polynomial": "least_squares"}],
+    [{"features": "skeleton", "rank": 24}, {"near_field": 4}, {"heavy_keys": 4}, {"polynomial": "least_squares"}],
     ids=["skeleton", "band", "heavy", "fitted"],
 )
 def test_weights_of_other_forms_make_the_output(more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    # With all keys drawn, Σ_j P̃_ij v_j is the output; values are read off the errors' side, the real call's output.
+    # With all keys drawn, Σ_j P̃_ij v_j is the output of the real call.
     outs: list[torch.Tensor] = []
-    module = sys.modules["polyattn.explain"]
+    module = importlib.import_module("polyattn.explain")
     original = module._Sampler.forward
 
     def spy(self: Any, site: str, state: Any, tensors: Any, out: torch.Tensor, setting: Any) -> None:
@@ -165,108 +166,29 @@ def test_weights_of_other_forms_make_the_output(more: dict[str, Any], monkeypatc
     q, k, v = operands()
     samples = only(polyattn.explain(attend, q, k, v, False, options={**LOW, **more}, backward=False))
     assert len(samples.exact) == 64 * N
+    assert int(samples.left.sum()) < 32
     values = v.detach().repeat_interleave(2, 1)[tuple(samples.rows[:, :2].T)]
     made = (samples.approximate.view(64, 1, N) @ values).squeeze(1)
     torch.testing.assert_close(made, outs[0][tuple(samples.rows.T)], rtol=1e-7, atol=1e-9)
     torch.testing.assert_close(samples.approximate.view(64, N).sum(1), torch.ones(64, dtype=torch.float64))
 
 
-def test_rows_outside_of_a_fit_are_exact() -> None:
-    q, k, v = operands()
-    with torch.no_grad():
-        q[0, 0, 5:7] *= 30
-    options = {**LOW, "features": "skeleton", "rank": 8, "seed": 3}
-    report = polyattn.explain(attend, q, k, v, False, options=options, backward=False, samples=10_000)
-    samples = only(report)
+@pytest.mark.parametrize(("many", "all_exact"), [(4, True), (40, False)], ids=["a_few", "too_many"])
+def test_rows_that_the_call_made_exact_are_exact(many: int, all_exact: bool) -> None:
+    q, k, v = (x.detach() for x in operands())
+    options = polyattn.Options(features="skeleton", rank=16)
+    setting = lowrank_op.Setting(1 / math.sqrt(D), False, None, "consistent", CHUNK, "call")
+    setting = fitting.with_fit(setting, fitting.make("a site", (q, k, v), setting, options, 1, 0))
+    far = q[0].flatten(0, 1)[:many]
+    far *= 5 / far.norm(dim=-1, keepdim=True)  # the fit saw queries up to 4
+    made = lowrank_op.forward(*lowrank_op.grouped(q, k, v), setting)
+    samples = sample(0, (q, k, v), made.out.view(2, 4, N, 3), setting, 10_000, torch.Generator())
     assert len(samples.rows) == 2 * 4 * N  # all there are
+    assert torch.equal(samples.left, made.denominators.flatten() <= 0)
+    assert bool(samples.left[:many].all()) == all_exact
     same = (samples.approximate - samples.exact).abs().view(-1, N).amax(1) < 1e-9
-    assert torch.equal(same, samples.errors < 1e-9)
-
-
-class Twice(torch.nn.Module):
-    """Two layers of the same code; the second one's checkpointed if so asked."""
-
-    def __init__(self, again: bool = False) -> None:
-        super().__init__()
-        self.layers = torch.nn.ModuleList(torch.nn.Linear(8, 24, dtype=torch.float64) for _ in range(2))
-        self.again = again
-
-    def layer(self, number: int, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.layers[number](x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
-        return x + F.scaled_dot_product_attention(3 * q, 3 * k, v).transpose(1, 2).flatten(2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for number in range(2):
-            x = checkpoint(self.layer, number, x, use_reentrant=False) if self.again else self.layer(number, x)
-        return x
-
-
-@pytest.fixture
-def tokens() -> torch.Tensor:
-    return torch.randn(1, N, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-
-def twice(again: bool = False) -> Twice:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return Twice(again)
-
-
-def numbers(report: polyattn.Report) -> list[Any]:
-    return [[samples.to_dict() for samples in site.samples] for site in report.sites]
-
-
-def test_explain_repeats_and_leaves_generators_alone(tokens: torch.Tensor) -> None:
-    before = torch.get_rng_state()
-    model = twice()
-    first, second = (polyattn.explain(model, tokens, options=LOW) for _ in range(2))
-    assert numbers(first) == numbers(second)
-    other = polyattn.explain(model, tokens, options={**LOW, "seed": 1})
-    assert numbers(first)[0][0]["rows"] != numbers(other)[0][0]["rows"]
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_checkpointed_models_have_the_same_samples(tokens: torch.Tensor) -> None:
-    plain, again = (polyattn.explain(twice(again), tokens, options=LOW) for again in (False, True))
-    for one, two in zip(numbers(plain), numbers(again), strict=True):
-        assert one[0]["gradients"] == pytest.approx(two[0]["gradients"], rel=1e-9)
-        assert one[0]["errors"] == pytest.approx(two[0]["errors"], rel=1e-9)
-        assert len(one[0]["gradients"]) == 3
-
-
-def test_states_of_one_site_have_samples_of_their_own(tokens: torch.Tensor) -> None:
-    class Layer(torch.nn.Module):
-        def __init__(self, linear: torch.nn.Module) -> None:
-            super().__init__()
-            self.linear = linear
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            q, k, v = self.linear(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
-            return x + F.scaled_dot_product_attention(3 * q, 3 * k, v).transpose(1, 2).flatten(2)
-
-    class Broken(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = torch.nn.ModuleList(Layer(linear) for linear in twice().layers)
-
-        @torch._dynamo.disable(recursive=False)  # each layer is a graph of its own, and all of them are the same
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            for layer in self.layers:
-                x = layer(x)
-            return x
-
-    report = polyattn.explain(Broken(), tokens.requires_grad_(), options=LOW)
-    shared = [site for site in report.sites if len(site.states) == 2]
-    assert len(shared) == 1
-    (site,) = shared
-    assert [samples.state for samples in site.samples] == [0, 1]
-    assert not torch.equal(site.samples[0].errors, site.samples[1].errors)
-    assert all(len(samples.gradients) == 3 for samples in site.samples)
-    wanted = numbers(polyattn.explain(twice(), tokens, options=LOW))
-    for samples, (one,) in zip(site.samples, wanted, strict=True):
-        assert dict(samples.gradients) == pytest.approx(one["gradients"], rel=1e-6)
-    assert str(site).count("64 sampled rows") == 2
-    assert site.sketch().count("layer 1: ") == 2
+    assert torch.equal(same, samples.left)
+    assert torch.equal(samples.errors < 1e-9, samples.left)
 
 
 @pytest.mark.parametrize("options", [{"policy": "exact"}, {"audit_rows": 64}], ids=["exact", "too_short"])
@@ -277,20 +199,6 @@ def test_exact_sites_have_none(options: dict[str, Any]) -> None:
     assert "sampled" not in str(site)
     with pytest.raises(PolyattnError, match="no samples to plot"):
         site.plot()
-
-
-def test_a_site_that_became_exact_has_none() -> None:
-    q, k, v = operands()
-
-    def model(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, loud: torch.Tensor) -> torch.Tensor:
-        q, k, v = (torch.cat([x] * 8, 2) for x in (q, k, v))
-        return attend(0.1 * loud * q, 0.1 * k, v, False)
-
-    options = {"audit_every": 1, "degree": 1}
-    report = polyattn.explain(model, q, k, v, torch.tensor(1.0, dtype=torch.float64), options=options)
-    assert only(report).gradients
-    report = polyattn.explain(model, q, k, v, torch.tensor(900.0, dtype=torch.float64), options=options)
-    assert (report.sites[0].verdict, report.sites[0].samples) == ("exact", ())
 
 
 def test_the_number_of_rows() -> None:
@@ -305,6 +213,10 @@ def test_the_number_of_rows() -> None:
 # -- text and figures ------------------------------------------------------------------------------------------------
 
 
+def two_sites(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return attend(q, k, v, False) + attend(2 * q, k, v, True)
+
+
 def made(**changes: Any) -> Samples:
     generator = torch.Generator().manual_seed(0)
     exact = (10 * torch.randn(64, generator=generator, dtype=torch.float64)).exp().clamp(max=1)
@@ -312,6 +224,7 @@ def made(**changes: Any) -> Samples:
         "state": 0,
         "rows": torch.stack([torch.zeros(4), torch.zeros(4), torch.tensor([1, 5, 9, 30])], 1).long(),
         "errors": torch.tensor([1e-3, 2e-3, 0.0, 4e-2], dtype=torch.float64),
+        "left": torch.tensor([False, False, True, False]),
         "row": torch.arange(4).repeat_interleave(16),
         "key": torch.arange(16).repeat(4),
         "drawn": torch.arange(64) % 16 < 14,
@@ -325,7 +238,9 @@ def made(**changes: Any) -> Samples:
 
 def test_lines_say_quantiles_negative_weights_and_gradients() -> None:
     rows, gradients = plots.lines(made())
-    assert rows.startswith("4 sampled rows: error 1.5e-03 in the median, 90 % below 2.9e-02, largest 4.0e-02; ")
+    assert rows.startswith(
+        "4 sampled rows (1 of them exact): error 1.5e-03 in the median, 90 % below 2.9e-02, largest 4.0e-02; "
+    )
     assert rows.endswith("12 % of sampled weights negative")  # 7 of 56 drawn ones
     assert gradients == "relative error of gradients: dQ 1.2e-02, dV 3.0e-03 (2 of 8 heads)"
     assert len(plots.lines(made(gradients={}))) == 1
@@ -372,9 +287,9 @@ def test_figures_count_what_a_logarithm_cannot_show() -> None:
     assert "4 of 4 above" in right.get_title()
 
 
-def test_reports_plot_and_embed(tokens: torch.Tensor, tmp_path: pathlib.Path) -> None:
+def test_reports_plot_and_embed(tmp_path: pathlib.Path) -> None:
     pytest.importorskip("matplotlib")
-    report = polyattn.explain(twice(), tokens, options=LOW)
+    report = polyattn.explain(two_sites, *operands(), options=LOW)
     paths = report.plot(tmp_path / "figures")
     assert [path.name for path in paths] == ["site-1.svg", "site-2.svg"]
     assert all(path.stat().st_size > 10_000 for path in paths)
@@ -386,13 +301,13 @@ def test_reports_plot_and_embed(tokens: torch.Tensor, tmp_path: pathlib.Path) ->
     assert read["errors"] == report.sites[0].samples[0].errors.tolist()
     assert set(read["gradients"]) == {"dQ", "dK", "dV"}
     assert str(report).count("64 sampled rows") == 2
-    assert polyattn.explain(twice(), tokens, options={"policy": "exact"}).plot(tmp_path) == []
+    assert polyattn.explain(two_sites, *operands(), options={"policy": "exact"}).plot(tmp_path) == []
 
 
 def test_without_matplotlib_the_error_says_what_to_install(
-    tokens: torch.Tensor, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    report = polyattn.explain(twice(), tokens, options=LOW)
+    report = polyattn.explain(two_sites, *operands(), options=LOW)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for plot in (lambda: report.sites[0].plot(), lambda: report.plot(tmp_path)):
         with pytest.raises(PolyattnError, match=r"pip install 'polyattn\[plot\]'"):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from dense import dense_fitted_polynomial, dense_polynomial, dense_skeleton
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sites import only_state
+from sites import Model, only_state
 
 import polyattn
 from polyattn import guard
@@ -186,3 +186,14 @@ def test_they_belong_to_the_substituted_gradient() -> None:
         with pytest.raises(OptionValueError, match=next(iter(bad))):
             Options.make(bad)
     assert Options(gradient="substituted", key_directions=4).resolved_gradient == "projected"
+
+
+def test_the_report_says_so_and_derives_it() -> None:
+    model, x = Model(), torch.randn(1, 70, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    options = {**LOW, "inner": "eager", "value_directions": 3, "key_directions": 4}
+    torch.compile(model, backend="polyattn", options=options)(x).sum().backward()
+    site = polyattn.reports()[-1].sites[0]
+    assert "projected gradient, values on 3 directions, queries and keys on 4 directions" in " ".join(str(site).split())
+    assert "project" in site.derivation
+    assert "dQ" in site.kernels["backward.cpu"]
+    assert site.to_dict()["states"][0]["few"] == (3, 4)

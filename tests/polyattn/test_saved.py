@@ -59,7 +59,7 @@ def test_a_fit_whose_audit_fails_is_made_anew() -> None:
     assert between > 0.1, "no audit, the old fit"
     assert state.fit is kept
     second = attend(heads(True, 1), policy="auto", tolerance=0.05)
-    assert second < 0.02, "audited, fitted anew, audited again"
+    assert second < between / 3, "audited, fitted anew, audited again"
     assert (state.verdict, state.fits, state.audits, state.fit.call) == ("low_rank", 2, 2, 3)
     guard.reset()
     for tensors in (heads(False), heads(True), heads(True, 1)):

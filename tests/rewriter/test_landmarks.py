@@ -100,6 +100,30 @@ def test_fewer_tokens_than_landmarks(n: int, near: int | None) -> None:
     assert float(row_errors(x, found, near=near).max()) < 0.2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("near", [None, 16])
+@pytest.mark.parametrize("elements", [1, 3])
+def test_keys_of_weight_zero(elements: int, near: int | None, causal: bool, dtype: torch.dtype) -> None:
+    q, k, weights = (x.to(dtype) for x in tokens(elements=elements))
+    weights[..., :3] = 0  # causal: the first rows attend to nothing
+    weights[..., 7::3] = 0
+    x = q, k.where(weights[..., None] > 0, 3 * k), weights  # others than those that are left
+    found = made(x, 64, causal, near)
+    assert all(torch.isfinite(part.to(dtype)).all() for part in found)
+    rows = row_errors(x, found, causal, near)[..., 3:].mean((1, 2)).double()
+    torch.testing.assert_close(found.error, rows, rtol=0.5, atol=1e-6)
+    assert bool((rows < (0.3 if causal and near is None else 0.1)).all()), rows
+
+
+def test_fewer_keys_of_positive_weight_than_landmarks() -> None:
+    q, k, weights = tokens()
+    weights[..., 10:] = 0
+    found = made((q, k, weights), 24)
+    assert all(torch.isfinite(part).all() for part in found)
+    assert float(row_errors((q, k, weights), found).max()) < 0.2
+
+
 @pytest.mark.parametrize(("n_q", "n_k"), [(50, 300), (300, 50)])
 def test_as_many_queries_as_keys_are_not_needed(n_q: int, n_k: int) -> None:
     q, k, weights = tokens(n=300)
