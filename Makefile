@@ -35,7 +35,7 @@ zoo: $(STAMP) ## compile models of public packages, compare with eager, write do
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[zoo]'
 	$(BIN)/python tests/zoo/run.py $(if $(ZOO),$(ZOO),--write docs/zoo.md)
 
-accuracy: $(STAMP) ## low-rank against exact attention on trained heads, write docs/accuracy.md (8 minutes; ACCURACY="--every 1": all heads)
+accuracy: $(STAMP) ## low-rank against exact attention on trained heads, write docs/accuracy.md (8 minutes; ACCURACY="--every 1": all heads, 12 minutes)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[accuracy]'
 	$(BIN)/python benchmarks/accuracy.py $(or $(ACCURACY),--every 2) --write docs/accuracy.md
 

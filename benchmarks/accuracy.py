@@ -233,6 +233,7 @@ def main() -> int:
         for scheme in CAUSAL:
             table["causal"][scheme.name] = step(scheme.name, lambda s=scheme: measure(s, trained, exact, 1, True))
     text = write(
+        f'make accuracy ACCURACY="--every {options.every}"',
         " ".join((__doc__ or "").split("\n\n", 2)[2].split()),
         table,
         moved,

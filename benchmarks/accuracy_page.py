@@ -55,6 +55,7 @@ def gradients(table: dict[str, Rows]) -> list[str]:
 
 
 def write(
+    command: str,
     about: str,
     table: dict[str, dict[str, Rows]],
     moved: dict[str, list[tuple[float, float]]],
@@ -66,7 +67,7 @@ def write(
     lines = [
         "# Accuracy on trained heads",
         "",
-        f"Written by `make accuracy`; do not edit. {about}",
+        f"Written by `{command}`; do not edit. {about}",
         "",
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {processor()}, {torch.get_num_threads()} threads, "
         f"Python {sys.version.split()[0]}, torch {torch.__version__}; {minutes:.0f} minutes.",

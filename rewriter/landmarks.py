@@ -105,6 +105,10 @@ class _Head:
     def fit(self, m: int) -> tuple[torch.Tensor, ...]:
         """The parts of a :class:`Skeleton`."""
         n_q, n_k = len(self.q), len(self.k)
+        radius = self.q.norm(dim=1).amax() / abs(self.scale)
+        if bool(self.logs.isneginf().all()):  # nothing is left to approximate
+            marks = self.k.new_zeros(m, self.k.shape[1])
+            return marks, marks, self.k.new_zeros(m, m), self.k.new_zeros(()), radius
         every = torch.arange(n_k, device=self.q.device)
         some, i, fresh = (self.draw(count, n_q) for count in (MASS_ROWS, SAMPLES * m, VALIDATION))
         mass = self.rows(some, every)[0].masked_fill(~self.pairs.far(some, every), 0).mean(0)
@@ -120,7 +124,7 @@ class _Head:
         kappa = kappa * (LIMIT / (self.q @ kappa.mT).amax(0).clamp_min(LIMIT))[:, None]
         lam = lam * (LIMIT / (self.scale * self.k @ lam.mT).amax(0).clamp_min(LIMIT))[:, None]
         core, error = self.core(kappa, lam, i, j, p, z, fresh)
-        return kappa, lam, core, error, self.q.norm(dim=1).amax() / abs(self.scale)
+        return kappa, lam, core, error, radius
 
     def core(
         self,

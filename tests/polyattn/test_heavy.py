@@ -127,9 +127,10 @@ def test_any_size(
     assert check(inputs, mask, gradient, (count, tuple(positions)), degree=2, **more) == 0
 
 
-def test_rows_of_which_every_key_is_heavy_are_exact_attention() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_which_every_key_is_heavy_are_exact_attention(family: str) -> None:
     inputs = operands(n_q=20, n_k=20)
-    found = polyattn.attention(*inputs, options={**LOW, "heavy_keys": 20})
+    found = polyattn.attention(*inputs, options={**LOW, **FAMILIES[family], "heavy_keys": 20})
     wanted = F.scaled_dot_product_attention(*inputs, enable_gqa=True)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
     assert only_state().exact_rows == 0
