@@ -60,8 +60,9 @@ def forward(
         tensors: queries, keys and values, not moved.
     """
     q, k, v = tensors
+    assert moved.heavy is not None
     merged, total = torch.empty_like(out), torch.empty_like(denominators)
-    for part in _blocks(q, moved.heavy.shape[1] if moved.heavy is not None else 0):
+    for part in _blocks(q, moved.heavy.shape[1]):
         few = _rectangle(q, k, v, moved, part, scale, causal)
         rest, low = denominators[:, :, part], out[:, :, part]
         # Where no other key is seen, the denominator of the others is 0 and their output undefined.

@@ -15,8 +15,8 @@ from polyattn.options import Options
 log = logging.getLogger("polyattn")
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 FAILED_ROWS, DEFAULT_WAIT = 1 / 8, 8
-"""Of a call's rows, the part without a positive denominator from which a fit is made anew; calls between two fits where
-no audit repeats."""
+"""The part of a call's rows, computed exactly, from which on a fit is made anew; calls between two fits where no audit
+repeats."""
 
 
 def attempt(
@@ -29,17 +29,13 @@ def attempt(
     plain, setting = setting, setting if fit is None else fitting.with_fit(setting, fit)
     made = lowrank_op.forward(*grouped, setting)
     errors = _audited(site, ticket, ticket.number, grouped, made, setting, options)
-    if fit is not None and _due(state, ticket, fit, made, options):
-        failed = made.exact_rows > FAILED_ROWS * made.denominators.numel()
-        if failed or not (errors is None or audit.holds(errors, options)):
-            fit = _anew(site, state, ticket, tensors, plain, options)
-            setting = fitting.with_fit(plain, fit)
-            made = lowrank_op.forward(*grouped, setting)
-            errors = _audited(site, ticket, f"{ticket.number}, fitted anew", grouped, made, setting, options)
-            helped = made.exact_rows <= FAILED_ROWS * made.denominators.numel()
-            helped &= errors is None or audit.holds(errors, options)
-            with state.lock:
-                state.wait = 1 if helped else 2 * state.wait
+    if fit is not None and _due(state, ticket, fit, options) and not _holds(made, errors, options):
+        fit = _anew(site, state, ticket, tensors, plain, options)
+        setting = fitting.with_fit(plain, fit)
+        made = lowrank_op.forward(*grouped, setting)
+        errors = _audited(site, ticket, f"{ticket.number}, fitted anew", grouped, made, setting, options)
+        with state.lock:
+            state.wait = 1 if _holds(made, errors, options) else 2 * state.wait
     if errors is not None and not audit.judge(site, state, ticket, errors, options):
         return None, setting, fit
     if ticket.number is not None:
@@ -62,6 +58,12 @@ def _audited(
     return audit.measure(tensors, made.out, setting, audit.rows(site, what, tensors[0], options))
 
 
+def _holds(made: Forward, errors: audit.Errors | None, options: Options) -> bool:
+    """Whether a fit served its call."""
+    few = made.exact_rows <= FAILED_ROWS * made.denominators.numel()
+    return few and (errors is None or audit.holds(errors, options))
+
+
 def _kept(where: Key, state: SiteState, ticket: Ticket, tensors: Tensors, setting: Setting, options: Options) -> Fit:
     """The fit of the call that is run again, or the site's, which the first call makes or takes from a file."""
     if ticket.fit is not None:
@@ -75,7 +77,7 @@ def _kept(where: Key, state: SiteState, ticket: Ticket, tensors: Tensors, settin
         return state.fit
 
 
-def _due(state: SiteState, ticket: Ticket, fit: Fit, made: Forward, options: Options) -> bool:
+def _due(state: SiteState, ticket: Ticket, fit: Fit, options: Options) -> bool:
     """Whether a fit that fails may be made anew by this call."""
     if not options.refit or ticket.number is None:
         return False

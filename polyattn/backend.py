@@ -155,9 +155,11 @@ def reports() -> list[Report]:
 
 
 def reset() -> None:
-    """Forget all reports and all run-time state of the sites (fits, audits, verdicts); compiled graphs stay valid."""
-    from polyattn import guard
+    """Forget all reports and all run-time state of the sites (fits, loaded ones too, audits, verdicts); compiled graphs
+    stay valid."""
+    from polyattn import guard, saved
 
     with _lock:
         _reports.clear()
     guard.reset()
+    saved.reset()

@@ -87,7 +87,7 @@ class Options:
     reported, and logged once."""
     refit: bool = True
     """Whether what is fitted to a head is fitted anew, to the present call, when an audit of a later call fails or more
-    than an eighth of a call's rows have no positive denominator; not sooner than ``audit_every`` calls after the last
+    than an eighth of a call's rows had to be computed exactly; not sooner than ``audit_every`` calls after the last
     time, and after twice as many each time that it did not help. Under ``auto`` a site becomes exact when its new fit
     fails as well."""
     inner: Inner = "inductor"

@@ -97,6 +97,12 @@ def refresh(model: torch.nn.Module | None = None) -> int:
     return forgotten
 
 
+def reset() -> None:
+    """Forget what was loaded and not used yet."""
+    with _lock:
+        _loaded.clear()
+
+
 def taken(where: Key, k: torch.Tensor, options: Options) -> Fit | None:
     """The loaded fit of a site, if there is one that suits it; keys k [batch, kv_heads, n_k, d]."""
     with _lock:

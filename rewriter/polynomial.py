@@ -219,7 +219,8 @@ class _Head:
         self.far = far > 0
         logits = (data.scale * rows @ keys.mT).masked_fill(~self.far, 0)
         # on a grid, so that solutions are used again
-        self.bound = min(LARGEST, 2.0 ** (math.ceil(4 * math.log2(max(0.125, float(logits.abs().max())))) / 4))
+        largest = float(logits.abs().max()) if logits.numel() else 0.0
+        self.bound = min(LARGEST, 2.0 ** (math.ceil(4 * math.log2(max(0.125, largest))) / 4))
         self.sums = self.terms.sum(2)
         self.near = self.p.masked_fill(self.far, 0).sum(1)
 

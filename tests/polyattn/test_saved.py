@@ -165,6 +165,16 @@ def test_a_model_goes_on_with_fits_from_a_file(more: dict[str, Any]) -> None:
     assert polyattn.fits(again).keys() == saved.keys(), "a compiled model is as good"
 
 
+def test_reset_forgets_what_was_loaded() -> None:
+    model = Model()
+    torch.compile(model, backend="polyattn", options=LOW)(tokens())
+    polyattn.load_fits(model, polyattn.fits(model))
+    torch.compiler.reset()
+    polyattn.reset()
+    torch.compile(model, backend="polyattn", options=LOW)(tokens())
+    assert only_state().fits == 1
+
+
 def test_a_loaded_fit_that_fails_is_made_anew_at_once() -> None:
     model = Model()
     torch.compile(model, backend="polyattn", options=LOW)(tokens())
