@@ -26,16 +26,19 @@ def _blocks(rows: torch.Tensor, n_k: int) -> Iterator[slice]:
     return (slice(at, at + step) for at in range(0, len(rows), step))
 
 
+def weights(q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, scale: float, causal: bool) -> torch.Tensor:
+    """Softmax rows [s, n_k] of queries [s, d] at positions ``rows`` [s]."""
+    score = q @ k.mT * scale
+    if causal:
+        score = score.masked_fill(_mask(rows, len(k), k.dtype) == 0, float("-inf"))
+    return torch.softmax(score, -1)
+
+
 def rows_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, scale: float, causal: bool
 ) -> torch.Tensor:
     """Exact outputs of some rows of one head: q [s, d] at positions ``rows`` [s], k [n_k, d], v [n_k, e] → [s, e]."""
-    out = []
-    for part in _blocks(rows, len(k)):
-        score = q[part] @ k.mT * scale
-        if causal:
-            score = score.masked_fill(_mask(rows[part], len(k), k.dtype) == 0, float("-inf"))
-        out.append(torch.softmax(score, -1) @ v)
+    out = [weights(q[part], k, rows[part], scale, causal) @ v for part in _blocks(rows, len(k))]
     return torch.cat(out) if out else v.new_zeros(0, v.shape[-1])
 
 

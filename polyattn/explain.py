@@ -115,8 +115,7 @@ class _Sampler:
         """By the identity of the state."""
 
     def _generator(self, site: str, what: str) -> torch.Generator:
-        """By the number of the site in its graph: graphs are numbered through the process."""
-        return torch.Generator().manual_seed(guard.seed(self._options, site.rsplit("/", 1)[-1], what))
+        return torch.Generator().manual_seed(guard.seed(self._options, guard.place(site), what))
 
     def forward(
         self, site: str, state: SiteState, tensors: Tensors, out: torch.Tensor, setting: Setting | None

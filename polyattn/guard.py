@@ -182,6 +182,12 @@ def larger(a: float | None, b: float) -> float:
     return b if a is None or math.isnan(b) or b > a else a
 
 
+def place(site: str) -> str:
+    """Number of a site in its graph, for graphs are numbered through the process; outside of graphs what follows the
+    folder that a file lies in."""
+    return site.rsplit("/", 1)[-1]
+
+
 class Key(NamedTuple):
     """The identity of a state."""
 
@@ -197,8 +203,7 @@ class Key(NamedTuple):
 
     @property
     def place(self) -> str:
-        """Number of the site in its graph; the whole name of one outside of graphs."""
-        return self.site.rsplit("/", 1)[-1]
+        return place(self.site)
 
 
 _lock = threading.Lock()
@@ -314,7 +319,7 @@ def decide(shape: dict[str, int], causal: bool, options: Options, device: str) -
     chunk, rank = chunk_length(options, shape["d"], device, causal), options.resolved_rank(shape["d"])
     moved = options.resolved_shift(causal)
     band = options.band(causal)
-    few = Few(options.value_directions or 0, options.key_directions or 0)
+    few = Few(*options.directions)
     weighted, heavy = options.weighted(causal), min(options.heavy_keys + len(options.exact_keys), shape["n_k"])
     before, after = costs(shape, causal, degree, gradient, chunk, weighted, rank, band, heavy, few)
     symbolic = symbolic_costs(causal, degree, gradient, weighted, band, few.values > 0)

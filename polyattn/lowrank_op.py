@@ -27,7 +27,7 @@ Grouped = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Queries [batch · kv_heads, groups, n_q, d], keys [batch · kv_heads, n_k, d], values [batch · kv_heads, n_k, e]."""
 
 
-GRADIENTS = ("consistent", "substituted")
+GRADIENTS = ("consistent", "substituted", "projected")
 OUTLIERS = 1 / 64
 """Rows outside of what was fitted are exact where they are no larger part of a call than this; where they are more, the
 fit does not suit the call, and an audit says so."""
@@ -104,8 +104,7 @@ class Setting:
 
     @property
     def kernels(self) -> Kernels:
-        gradient = "projected" if self.few.keys else self.gradient
-        return kernels(self.causal, self.degree, gradient, self.weighted, self.band)
+        return kernels(self.causal, self.degree, self.gradient, self.weighted, self.band)
 
     def basis(self, d: int) -> features.Basis:
         """The monomials that the features are; none but the constant one with skeleton features."""
@@ -264,7 +263,7 @@ def _gradients(
     """
     few = tuple(name for name in names if name != "dV")
     if any(setting.few) and few and not finite(*(inputs[name] for name in "QKVGO")):
-        setting = replace(setting, few=Few())
+        setting = replace(setting, gradient="substituted", few=Few())
     made = setting.kernels
     if not any(setting.few) or not few:
         return _run(made.backward(names), inputs, setting)

@@ -105,12 +105,12 @@ def _attention(
         scale,
         causal,
         opts.resolved_degree,
-        "consistent" if opts.resolved_gradient == "consistent" else "substituted",
+        opts.resolved_gradient,
         chunk,
         opts.resolved_shift(causal),
         opts.band(causal),
         Heavy(opts.heavy_keys, opts.exact_keys),
-        Few(opts.value_directions or 0, opts.key_directions or 0),
+        Few(*opts.directions),
     )
     if q.numel() == 0 or k.numel() == 0:  # nothing to decide, and nothing that torch's kernel survives
         out, stat = dense.empty_tokens_first(q, v.shape[-1]).zero_(), q.new_zeros(q.shape[:-1], dtype=accumulator)

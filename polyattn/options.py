@@ -201,6 +201,11 @@ class Options:
             return "consistent"
         return "substituted" if self.key_directions is None else "projected"
 
+    @property
+    def directions(self) -> tuple[int, int]:
+        """Of values, and of queries and keys; 0: they are not projected."""
+        return self.value_directions or 0, self.key_directions or 0
+
     def resolved_shift(self, causal: bool) -> str:
         """Which tokens the means are taken of that queries and keys are shifted by: one of ``shift.STATISTICS``."""
         return "none" if not self.shift else self.causal_stats if causal else "call"

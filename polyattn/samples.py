@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import torch
@@ -71,7 +70,8 @@ def sample(
         unit = (kept[1] - kept[1].mean(0)).norm(dim=-1).max().clamp_min(TINY)
         for part in mine.split(max(1, dense.PAIRS // k.shape[2])):
             at = where[part].to(q.device)
-            weights = _weights(q[at[:, 0], at[:, 1], at[:, 2]].double(), kept[0], at[:, 2], setting)
+            queries = q[at[:, 0], at[:, 1], at[:, 2]].double()
+            weights = dense.weights(queries, kept[0], at[:, 2], setting.scale, setting.causal)
             got = out[at[:, 0], at[:, 1], at[:, 2]].double()
             errors[part] = ((got - weights @ kept[1]).norm(dim=-1) / unit).cpu()
             pairs.extend(_pairs(part, where[part, 2], weights, keys, setting.causal))
@@ -82,14 +82,6 @@ def sample(
     left = denominators[tuple(x.to(q.device) for x in place)].cpu() <= 0
     approximate = torch.where(left[row], exact, _approximate(grouped, setting, place, row, key))
     return Samples(state, where, errors, left, row, key, drawn, exact, approximate)
-
-
-def _weights(q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, setting: Setting) -> torch.Tensor:
-    """Exact softmax rows [s, n_k] of queries [s, d] at positions ``rows``."""
-    score = q @ k.mT * setting.scale
-    if setting.causal:
-        score.masked_fill_(torch.arange(len(k), device=k.device) > rows[:, None], -math.inf)
-    return torch.softmax(score, -1)
 
 
 def _pairs(

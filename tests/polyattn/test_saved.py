@@ -146,9 +146,11 @@ def through_a_file(model: torch.nn.Module) -> dict[str, Any]:
     "more", [{}, {"features": "polynomial", "polynomial": "least_squares", "degree": 3, "rank": 30}]
 )
 def test_a_model_goes_on_with_fits_from_a_file(more: dict[str, Any]) -> None:
+    # Which rows are audited depends on how many graphs came before: here no audit may ask for a new fit.
+    options = {**LOW, **more, "tolerance": 10.0, "relative_tolerance": 10.0}
     torch.manual_seed(0)
     model = Model()
-    compiled = torch.compile(model, backend="polyattn", options={**LOW, **more})
+    compiled = torch.compile(model, backend="polyattn", options=options)
     wanted = compiled(tokens())
     later = compiled(tokens(1))
     saved = through_a_file(model)
@@ -157,7 +159,7 @@ def test_a_model_goes_on_with_fits_from_a_file(more: dict[str, Any]) -> None:
     torch.compiler.reset()
     polyattn.reset()
     polyattn.load_fits(copied, saved)
-    again = torch.compile(copied, backend="polyattn", options={**LOW, **more})
+    again = torch.compile(copied, backend="polyattn", options=options)
     torch.testing.assert_close(again(tokens(1)), later, rtol=0, atol=0)
     state = only_state()
     assert (state.fits, state.calls, state.audits) == (0, 1, 1), "not made here, and audited"
