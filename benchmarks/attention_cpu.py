@@ -19,12 +19,11 @@ from pathlib import Path
 
 import torch
 
-from polyattn import lowrank_op
-from polyattn.codegen import exact
 from polyattn.codegen.evaluate import Evaluation
-from polyattn.passes.kernels import exact_nodes, kernels
-from polyattn.rewriter.landmarks import fit
-from polyattn.rewriter.lowrank import Approximation
+from polyattn.passes.derive.kernels import exact_nodes, kernels
+from polyattn.rewriter.families.polynomial.rule import Approximation
+from polyattn.rewriter.families.skeleton.landmarks import fit
+from polyattn.runtime import exact, execute
 
 DEGREE, RANK, REPEATS = 2, 512, 5
 SHAPES = (
@@ -38,10 +37,10 @@ SHAPES = (
 """Heads, tokens, head dim, causal, chunk lengths."""
 
 
-def gate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, setting: lowrank_op.Setting) -> None:
+def gate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, setting: execute.Setting) -> None:
     """Raises AssertionError where the emitted code and ``evaluate`` differ on the first 600 tokens."""
-    qs, ks, vs = (x[..., :600, :] for x in lowrank_op.grouped(q, k, v))
-    made = lowrank_op.forward(qs, ks, vs, setting)
+    qs, ks, vs = (x[..., :600, :] for x in execute.grouped(q, k, v))
+    made = execute.forward(qs, ks, vs, setting)
     inputs = {"V": vs, **setting.moved(qs, ks).inputs, **setting.skeleton(len(ks), qs)}
     scalars = {"s": setting.scale, **Approximation(DEGREE).values}
     spec = kernels(setting.causal, setting.degree, setting.gradient, weighted=True).forward
@@ -51,16 +50,16 @@ def gate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, setting: lowrank_op.
 
 def settings_of(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool, chunks: tuple[int, ...]
-) -> dict[str, lowrank_op.Setting]:
+) -> dict[str, execute.Setting]:
     """What is timed, by name."""
     found = {
-        f"degree {DEGREE}" + (f", C = {c}" if causal else ""): lowrank_op.Setting(
+        f"degree {DEGREE}" + (f", C = {c}" if causal else ""): execute.Setting(
             scale, causal, DEGREE, "consistent", c, "call"
         )
         for c in chunks
     }
-    plain = lowrank_op.Setting(scale, causal, None, "consistent", 256 if causal else 0, "call")
-    qs, ks, _ = lowrank_op.grouped(q, k, v)
+    plain = execute.Setting(scale, causal, None, "consistent", 256 if causal else 0, "call")
+    qs, ks, _ = execute.grouped(q, k, v)
     moved = plain.moved(qs, ks)
     made = fit(moved.q, moved.k[:, None], moved.weights[:, None], scale, RANK, torch.Generator().manual_seed(0), causal)
     marks = torch.cat([made.keys, made.queries, made.core], 2).float()
@@ -95,11 +94,11 @@ def row(heads: int, n: int, d: int, causal: bool, chunks: tuple[int, ...]) -> li
             else:
                 setting = settings[name]
                 start = time.perf_counter()
-                made = lowrank_op.forward(*lowrank_op.grouped(q, k, v), setting)
+                made = execute.forward(*execute.grouped(q, k, v), setting)
                 first = time.perf_counter() - start
                 out, stat = made.out.reshape(1, heads, n, d), made.denominators.reshape(1, heads, n)
                 needs = (True, True, True)
-                second = timed(lambda: lowrank_op.backward(g, q, k, v, out, stat, setting, needs))  # noqa: B023
+                second = timed(lambda: execute.backward(g, q, k, v, out, stat, setting, needs))  # noqa: B023
             if repeat:
                 forward.append(first)
                 backward.append(second)

@@ -85,7 +85,7 @@ def measure(name: str, layers: int, tokens: int) -> dict[str, float]:
     import torch
 
     import polyattn.backend
-    from polyattn import guard, lowrank_op
+    from polyattn.runtime import execute, guard
 
     backend, options = CONFIGURATIONS[name]
     torch.manual_seed(0)
@@ -94,7 +94,7 @@ def measure(name: str, layers: int, tokens: int) -> dict[str, float]:
     seconds = {"passes": 0.0, "derivation": 0.0}
     timed(polyattn.backend, "_passes", seconds, "passes")
     timed(guard, "decide", seconds, "derivation")
-    timed(lowrank_op, "kernels", seconds, "derivation")
+    timed(execute, "kernels", seconds, "derivation")
     compiled = torch.compile(model, backend=backend, options=options)
 
     def step(function: Callable[..., Any]) -> tuple[float, float, float]:

@@ -13,12 +13,12 @@ from polyattn.codegen.operations import Operations
 from polyattn.codegen.schedule import accumulates, is_state
 from polyattn.codegen.spec import QUERY_SIDE, KernelSpec, Loop
 from polyattn.codegen.tables import Scalars
-from polyattn.rewriter import features
-from polyattn.rewriter.expr import D, E
-from polyattn.rewriter.features import rank_symbol
-from polyattn.rewriter.plan import Node
-from polyattn.rewriter.skeleton import M
-from polyattn.rewriter.tensor import D1
+from polyattn.rewriter.algebra.expr import D, E
+from polyattn.rewriter.algebra.tensor import D1
+from polyattn.rewriter.families.polynomial import monomials
+from polyattn.rewriter.families.polynomial.monomials import rank_symbol
+from polyattn.rewriter.families.skeleton.rule import M
+from polyattn.rewriter.planning.plan import Node
 
 TILE_ELEMENTS = 1 << 19
 """Elements of one block's feature tile, all heads of a group together."""
@@ -45,7 +45,7 @@ class Evaluation(Operations):
         spec: KernelSpec,
         inputs: Mapping[str, torch.Tensor],
         scalars: Scalars,
-        basis: features.Basis,
+        basis: monomials.Basis,
         block: int,
     ) -> None:
         super().__init__(inputs, scalars, basis)
@@ -132,7 +132,7 @@ class Evaluation(Operations):
     def _zeros(self, n: Node) -> torch.Tensor:
         """A running sum to which nothing has been added."""
         top = self.basis.degree
-        ranks = {rank_symbol(lower): features.rank(self.basis.below(top - lower)) for lower in range(top + 1)}
+        ranks = {rank_symbol(lower): monomials.rank(self.basis.below(top - lower)) for lower in range(top + 1)}
         sizes = {D: self.basis.d, E: self.inputs["V"].shape[-1], **ranks}
         sizes[M] = next((self.inputs[name].shape[1] for name in ("LK", "LQ", "Z") if name in self.inputs), 0)
         sizes[D1] = next((self.inputs[name].shape[-1] for name in ("QP", "KP") if name in self.inputs), 0)

@@ -11,9 +11,9 @@ import torch
 from polyattn.codegen import tables
 from polyattn.codegen.tables import Scalars
 from polyattn.errors import ScheduleError
-from polyattn.rewriter import features
-from polyattn.rewriter.interpret import take_part
-from polyattn.rewriter.plan import Node
+from polyattn.rewriter.algebra.interpret import take_part
+from polyattn.rewriter.families.polynomial import monomials
+from polyattn.rewriter.planning.plan import Node
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -27,7 +27,7 @@ class Operations:
         basis: the monomials that features are.
     """
 
-    def __init__(self, inputs: Mapping[str, torch.Tensor], scalars: Scalars, basis: features.Basis) -> None:
+    def __init__(self, inputs: Mapping[str, torch.Tensor], scalars: Scalars, basis: monomials.Basis) -> None:
         self.inputs, self.scalars, self.basis = inputs, scalars, basis
         sample = next(iter(inputs.values()))
         self.dtype, self.device = sample.dtype, sample.device
@@ -48,12 +48,12 @@ class Operations:
         if n.op == "contract":
             return self.contract(n, args)
         if n.op == "features":
-            return features.generate(args[0], self.basis.below(n.attr))
+            return monomials.generate(args[0], self.basis.below(n.attr))
         if n.op == "map":
             return args[0].exp() if n.attr == "exp" else args[0].reciprocal()
         if n.op == "gather":
             position, degree = n.attr
-            selected = features.selection(self.basis.below(degree))
+            selected = monomials.selection(self.basis.below(degree))
             axis = args[0].ndim - len(n.args[0].axes) + position
             taken = args[0]
             if (selected < 0).any():  # what is not among the columns of a nested form is zero

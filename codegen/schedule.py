@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 
 from polyattn.codegen.spec import KernelSpec, Loop
 from polyattn.errors import ScheduleError
-from polyattn.rewriter.expr import Kind
-from polyattn.rewriter.plan import Node, node, walk
+from polyattn.rewriter.algebra.expr import Kind
+from polyattn.rewriter.planning.plan import Node, node, walk
 
 
 def substitute(root: Node, known: Mapping[Node, Node]) -> Node:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import sympy
 
 from polyattn.errors import ScheduleError
-from polyattn.rewriter.expr import Kind
-from polyattn.rewriter.plan import Node, flops
-from polyattn.rewriter.rules import RANK_LETTERS
-from polyattn.rewriter.skeleton import OF_KEYS, OF_QUERIES
+from polyattn.rewriter.algebra.expr import Kind
+from polyattn.rewriter.families.skeleton.rule import OF_KEYS, OF_QUERIES
+from polyattn.rewriter.planning.plan import Node, flops
+from polyattn.rewriter.rules.exact import RANK_LETTERS
 
 QUERY_SIDE = frozenset({"Q", "QP", "G", "O", "D", "dQ"})
 """Inputs and outputs whose tokens are queries; the others' are keys."""

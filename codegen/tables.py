@@ -12,7 +12,7 @@ import sympy
 import torch
 
 from polyattn.errors import ScheduleError
-from polyattn.rewriter import features
+from polyattn.rewriter.families.polynomial import monomials
 
 Scalars = Mapping[str, float | torch.Tensor]
 """Values of the symbols in coefficients: numbers, or one for each head, [heads]."""
@@ -54,7 +54,7 @@ def _number(c: sympy.Expr, scalars: tuple[tuple[str, float], ...]) -> float:
 
 
 def weights(
-    coefficients: Sequence[float | torch.Tensor], basis: features.Basis, dtype: torch.dtype, device: torch.device
+    coefficients: Sequence[float | torch.Tensor], basis: monomials.Basis, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """Weights of the monomials that a polynomial has coefficients for, [1, r]; [heads, r] where those differ."""
     basis = basis.below(len(coefficients) - 1)
@@ -63,15 +63,15 @@ def weights(
     ones = _weights((1.0,) * len(coefficients), basis, dtype, device)
     heads = next(c for c in coefficients if isinstance(c, torch.Tensor))
     by_degree = torch.stack([torch.as_tensor(c).to(heads).expand_as(heads) for c in coefficients], 1)
-    degrees = torch.as_tensor(features.degrees(basis), device=device)
+    degrees = torch.as_tensor(monomials.degrees(basis), device=device)
     return ones * by_degree.to(dtype)[:, degrees]
 
 
 @functools.lru_cache(maxsize=64)
 def _weights(
-    coefficients: tuple[float, ...], basis: features.Basis, dtype: torch.dtype, device: torch.device
+    coefficients: tuple[float, ...], basis: monomials.Basis, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    return torch.as_tensor(features.weights(coefficients, basis)).to(device=device, dtype=dtype)[None]
+    return torch.as_tensor(monomials.weights(coefficients, basis)).to(device=device, dtype=dtype)[None]
 
 
 @functools.lru_cache(maxsize=64)

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 
 import torch
 
-from polyattn.codegen import cpu_target, triton_target
+from polyattn.codegen.cpu import target as cpu_target
 from polyattn.codegen.evaluate import TILE_ELEMENTS, Evaluation
 from polyattn.codegen.spec import KernelSpec
 from polyattn.codegen.tables import Scalars
+from polyattn.codegen.triton import target as triton_target
 from polyattn.errors import ScheduleError
-from polyattn.rewriter.features import Basis
+from polyattn.rewriter.families.polynomial.monomials import Basis
 
 MAX_GRID = 65535
 """Programs along the second axis of a CUDA grid."""

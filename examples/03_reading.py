@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 import polyattn
-from polyattn.passes import inspection
-from polyattn.rewriter.features import full, rank
+from polyattn.passes.derive import inspection
+from polyattn.rewriter.families.polynomial.monomials import full, rank
 
 RULES: Mapping[str, str] = {
     "lift": "the traced aten graph becomes index notation: sums over products of factors with shared indices",

@@ -12,12 +12,12 @@ from paper_gradients import COMPONENTS, GRADIENTS, compiled, errors, gradients, 
 from paper_model import Config, Model
 from torch.utils.flop_counter import FlopCounterMode
 
-from polyattn.passes.derive import derive
-from polyattn.passes.kernels import kernels
-from polyattn.rewriter.expr import N_K, N_Q, R1, D, E, N, R
-from polyattn.rewriter.features import full, rank
-from polyattn.rewriter.order import plan
-from polyattn.rewriter.plan import walk
+from polyattn.passes.derive.derive import derive
+from polyattn.passes.derive.kernels import kernels
+from polyattn.rewriter.algebra.expr import N_K, N_Q, R1, D, E, N, R
+from polyattn.rewriter.families.polynomial.monomials import full, rank
+from polyattn.rewriter.planning.order import plan
+from polyattn.rewriter.planning.plan import walk
 
 VARIANTS: Mapping[str, dict[str, Any]] = {
     "2 heads, added": {"heads": 2},
@@ -110,7 +110,7 @@ def prompt_tuning(base: Config, tokens: int, degree: int = 2, gradient: str = "s
 
 def counting(degree: int, gradient: str, needs: list[tuple[bool, bool, bool]]) -> dict[Any, Callable[..., int]]:
     """A formula for torch's counter: the FLOPs of one attention's backward, restricted to what is needed."""
-    import polyattn.ops  # noqa: F401  (the operator is registered when it is imported)
+    import polyattn.runtime.ops  # noqa: F401  (the operator is registered when it is imported)
 
     operator = torch.ops.polyattn.attention_backward
     places = {argument.name: place for place, argument in enumerate(operator.default._schema.arguments)}

@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping
 import torch
 from paper_gradients import relative
 
-from polyattn.passes.derive import Step, derive, exact
-from polyattn.passes.forms import FORMS
-from polyattn.rewriter import expr as ir
-from polyattn.rewriter.expr import Def, Expr, Factor, Program, Tensor
-from polyattn.rewriter.interpret import Interpreter
-from polyattn.rewriter.lowrank import Approximation
+from polyattn.passes.derive.derive import Step, derive, exact
+from polyattn.passes.derive.forms import FORMS
+from polyattn.rewriter.algebra import expr as ir
+from polyattn.rewriter.algebra.expr import Def, Expr, Factor, Program, Tensor
+from polyattn.rewriter.algebra.interpret import Interpreter
+from polyattn.rewriter.families.polynomial.rule import Approximation
 
 TERMS = (
     "fᵀ G W_Vᵀ",

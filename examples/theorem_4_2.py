@@ -23,9 +23,9 @@ from paper_gradients import GRADIENTS, Gradients, compiled, errors, gradients, r
 from paper_model import Config, Model
 
 import polyattn
-from polyattn.passes.kernels import exact_cost, kernels
-from polyattn.rewriter.expr import N_K, N_Q, R1, D, E, R
-from polyattn.rewriter.features import full, rank
+from polyattn.passes.derive.kernels import exact_cost, kernels
+from polyattn.rewriter.algebra.expr import N_K, N_Q, R1, D, E, R
+from polyattn.rewriter.families.polynomial.monomials import full, rank
 
 Tick = Callable[[str], None]
 """Called after every piece of work, with a word about it."""

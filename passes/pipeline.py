@@ -14,18 +14,18 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from polyattn.passes.dead import drop_dead
-from polyattn.passes.fused_layers import open_fused_layers
-from polyattn.passes.joint import AGAIN
-from polyattn.passes.match import SOFTMAX, match
-from polyattn.passes.normalize import checkpoint_body, has_transforms, normalize
-from polyattn.passes.products import unify_products
-from polyattn.passes.scores import FLOWS
-from polyattn.passes.site import Refusal, Site
-from polyattn.passes.softmaxes import unify_softmaxes
-from polyattn.passes.splice import splice, splice_exact, splice_gradients
-from polyattn.passes.training import needing, needing_inputs
-from polyattn.passes.views import tidy_views
+from polyattn.passes.match.anchors import SOFTMAX, match
+from polyattn.passes.match.joint import AGAIN
+from polyattn.passes.match.scores import FLOWS
+from polyattn.passes.match.site import Refusal, Site
+from polyattn.passes.prepare.dead import drop_dead
+from polyattn.passes.prepare.encoder_layer import open_fused_layers
+from polyattn.passes.prepare.normalize import checkpoint_body, has_transforms, normalize
+from polyattn.passes.prepare.products import unify_products
+from polyattn.passes.prepare.softmaxes import unify_softmaxes
+from polyattn.passes.prepare.views import tidy_views
+from polyattn.passes.replace.splice import splice, splice_exact, splice_gradients
+from polyattn.passes.replace.training import needing, needing_inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +52,8 @@ def run(
 ) -> Result:
     """All passes over a Dynamo graph, which is not changed.
 
-    Arguments: see :func:`polyattn.passes.splice.splice`, and :func:`polyattn.passes.splice.splice_exact` for
-    ``masked_op``; without it, attention with an added mask stays as it is written in training.
+    Arguments: see :func:`polyattn.passes.replace.splice.splice`, and ``splice_exact`` beside it for ``masked_op``;
+    without it, attention with an added mask stays as it is written in training.
     """
     normal, transformed = normalize(gm, example_inputs), has_transforms(gm)
     training = torch.is_grad_enabled() and any(

@@ -32,28 +32,28 @@ if TYPE_CHECKING:
         ShapeError,
         UnknownOptionError,
     )
-    from polyattn.explain import explain
-    from polyattn.measure import Errors, measure
-    from polyattn.ops import attention
     from polyattn.options import Options
-    from polyattn.passes.site import Refusal
-    from polyattn.report import Report, SiteReport
-    from polyattn.saved import fits, load_fits, refresh
+    from polyattn.passes.match.site import Refusal
+    from polyattn.report.explain import explain
+    from polyattn.report.measure import Errors, measure
+    from polyattn.report.model import Report, SiteReport
+    from polyattn.runtime.ops import attention
+    from polyattn.runtime.saved_fits import fits, load_fits, refresh
 
 _HOME = {
     "reports": "polyattn.backend",
     "reset": "polyattn.backend",
-    "explain": "polyattn.explain",
-    "Errors": "polyattn.measure",
-    "measure": "polyattn.measure",
-    "attention": "polyattn.ops",
+    "explain": "polyattn.report.explain",
+    "Errors": "polyattn.report.measure",
+    "measure": "polyattn.report.measure",
+    "attention": "polyattn.runtime.ops",
     "Options": "polyattn.options",
-    "fits": "polyattn.saved",
-    "load_fits": "polyattn.saved",
-    "refresh": "polyattn.saved",
-    "Refusal": "polyattn.passes.site",
-    "Report": "polyattn.report",
-    "SiteReport": "polyattn.report",
+    "fits": "polyattn.runtime.saved_fits",
+    "load_fits": "polyattn.runtime.saved_fits",
+    "refresh": "polyattn.runtime.saved_fits",
+    "Refusal": "polyattn.passes.match.site",
+    "Report": "polyattn.report.model",
+    "SiteReport": "polyattn.report.model",
     "DeviceError": "polyattn.errors",
     "DoubleBackwardError": "polyattn.errors",
     "DtypeError": "polyattn.errors",
@@ -104,8 +104,7 @@ def __getattr__(name: str) -> Any:
     home = _HOME.get(name)
     if home is None:
         raise AttributeError(f"module 'polyattn' has no attribute {name!r}")
-    value = getattr(importlib.import_module(home), name)
-    globals()[name] = value  # a submodule of the same name (explain) would otherwise take its place
+    value = globals()[name] = getattr(importlib.import_module(home), name)
     return value
 
 

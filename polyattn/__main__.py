@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         print(f"polyattn: cannot build {chosen.factory!r}: {error}", file=sys.stderr)
         return 2
-    from polyattn.explain import explain
+    from polyattn.report.explain import explain
 
     report = explain(model, *inputs, options={"policy": chosen.policy}, **named)
     print(json.dumps(report.to_dict(), indent=2) if chosen.json else report)

@@ -19,7 +19,7 @@ import torch.fx as fx
 from polyattn.errors import ExpectSitesError, OptionValueError
 from polyattn.inner import compile_inner
 from polyattn.options import Options
-from polyattn.report import Report, SiteReport
+from polyattn.report.model import Report, SiteReport
 
 log = logging.getLogger("polyattn")
 
@@ -88,8 +88,8 @@ def _passes(
 ) -> tuple[fx.GraphModule | None, Report]:
     import torch
 
-    from polyattn import masked, ops  # noqa: F401  (registers an operator)
     from polyattn.passes import pipeline
+    from polyattn.runtime import masked, ops  # noqa: F401  (registers an operator)
 
     result = pipeline.run(
         gm,
@@ -157,9 +157,9 @@ def reports() -> list[Report]:
 def reset() -> None:
     """Forget all reports and all run-time state of the sites (fits, loaded ones too, audits, verdicts); compiled graphs
     stay valid."""
-    from polyattn import guard, saved
+    from polyattn.runtime import guard, saved_fits
 
     with _lock:
         _reports.clear()
     guard.reset()
-    saved.reset()
+    saved_fits.reset()

@@ -75,8 +75,9 @@ def build_wheel(folder: Path) -> Path:
 
 def expected_files() -> set[str]:
     """Every file that the wheel must hold below ``polyattn/``."""
-    files = {f"polyattn/{path.name}" for path in (ROOT / "polyattn").glob("*.py")} | {"polyattn/py.typed"}
-    return files | {f"polyattn/{layer}/{path.name}" for layer in LAYERS for path in (ROOT / layer).glob("*.py")}
+    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "polyattn").rglob("*.py")} | {"polyattn/py.typed"}
+    layers = (path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
+    return files | {f"polyattn/{path.relative_to(ROOT).as_posix()}" for path in layers}
 
 
 def wheel_files(wheel: Path) -> set[str]:

@@ -18,16 +18,17 @@ from hypothesis import strategies as st
 from operands import spec_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from polyattn.codegen import cpu_target, tables
+from polyattn.codegen import tables
+from polyattn.codegen.cpu import target as cpu_target
 from polyattn.codegen.evaluate import Evaluation
 from polyattn.codegen.schedule import schedule
 from polyattn.codegen.spec import KernelSpec
 from polyattn.errors import ScheduleError
-from polyattn.passes.kernels import kernels
-from polyattn.rewriter import features
-from polyattn.rewriter.expr import HEAD, KEY
-from polyattn.rewriter.lowrank import Approximation
-from polyattn.rewriter.plan import node
+from polyattn.passes.derive.kernels import kernels
+from polyattn.rewriter.algebra.expr import HEAD, KEY
+from polyattn.rewriter.families.polynomial import monomials
+from polyattn.rewriter.families.polynomial.rule import Approximation
+from polyattn.rewriter.planning.plan import node
 
 Inputs = dict[str, torch.Tensor]
 ALL = ("dQ", "dK", "dV")
@@ -39,7 +40,7 @@ gradients = pytest.mark.parametrize("gradient", ["consistent", "substituted"])
 def both(spec: KernelSpec, x: Mapping[str, torch.Tensor], degree: int, block: int) -> tuple[Inputs, Inputs]:
     """What evaluate and the emitted file make of a specification."""
     scalars = {"s": 0.3, **Approximation(degree).values}
-    basis = features.full(x["Q"].shape[-1], degree)
+    basis = monomials.full(x["Q"].shape[-1], degree)
     return Evaluation(spec, x, scalars, basis, block).run(), cpu_target.run(spec, x, scalars, basis, block)
 
 
@@ -162,9 +163,9 @@ def test_inputs_that_are_views_and_require_gradients() -> None:
     wide = {name: torch.stack([value, value], -1)[..., 0].requires_grad_() for name, value in x.items()}
     scalars = {"s": 0.3, **Approximation(2).values}
     spec = kernels(True, 2, "consistent").forward
-    made = cpu_target.run(spec, wide, scalars, features.full(4, 2), 8)
+    made = cpu_target.run(spec, wide, scalars, monomials.full(4, 2), 8)
     assert not made["O"].requires_grad
-    agree(Evaluation(spec, x, scalars, features.full(4, 2), 8).run(), made)
+    agree(Evaluation(spec, x, scalars, monomials.full(4, 2), 8).run(), made)
 
 
 def test_a_future_key_whose_score_overflows_is_not_seen() -> None:
@@ -172,7 +173,7 @@ def test_a_future_key_whose_score_overflows_is_not_seen() -> None:
     x["K"][:, -1] = 1e4
     x["Q"][:, :, :-1] = x["Q"][:, :, :-1].abs() + 1
     scalars = {"s": 1.0, **Approximation(2).values}
-    out = cpu_target.run(kernels(True, 2, "consistent").forward, x, scalars, features.full(3, 2), 12)["O"]
+    out = cpu_target.run(kernels(True, 2, "consistent").forward, x, scalars, monomials.full(3, 2), 12)["O"]
     assert bool(out[:, :, :-1].isfinite().all())
 
 
@@ -200,11 +201,11 @@ def test_no_tensor_grows_with_the_square_of_tokens_or_with_tokens_and_rank(
     x = spec_inputs(d, d, n, n, heads=1)
     scalars = {"s": 0.3, **Approximation(degree).values}
     made = kernels(causal, degree, gradient)
-    limit = max(n * (d + 1), features.rank(features.full(d, degree)) * max(block, d + 1) * (d + 1))
-    assert limit < n * features.rank(features.full(d, degree))
+    limit = max(n * (d + 1), monomials.rank(monomials.full(d, degree)) * max(block, d + 1) * (d + 1))
+    assert limit < n * monomials.rank(monomials.full(d, degree))
     with Largest() as seen:
-        out = cpu_target.run(made.forward, x, scalars, features.full(d, degree), block)
-        cpu_target.run(made.backward(ALL), {**x, **out}, scalars, features.full(d, degree), block)
+        out = cpu_target.run(made.forward, x, scalars, monomials.full(d, degree), block)
+        cpu_target.run(made.backward(ALL), {**x, **out}, scalars, monomials.full(d, degree), block)
     assert n <= seen.elements <= limit
 
 
@@ -240,7 +241,7 @@ def test_nested_monomials_with_coefficients_of_each_head(widths: tuple[int, ...]
     """Against autograd through Σ_m c_m (q·k over the last w_m coordinates)^m, written densely."""
     d, degree, s = widths[0], len(widths), 0.3
     x = spec_inputs(d, 3, 23, 23, heads=2, groups=2)
-    basis = features.Basis(d, widths)
+    basis = monomials.Basis(d, widths)
     generator = torch.Generator().manual_seed(3)
     c = torch.rand(degree + 1, 2, generator=generator, dtype=torch.float64) + 0.1
     scalars = {"s": s, **{f"a{m}": c[m] for m in range(degree + 1)}}
@@ -281,7 +282,7 @@ def test_tracebacks_show_the_emitted_lines() -> None:
     x["V"] = x["V"][:, :5]
     with pytest.raises(RuntimeError) as caught:
         cpu_target.run(
-            kernels(False, 2, "consistent").forward, x, {"s": 1.0, **Approximation(2).values}, features.full(3, 2), 4
+            kernels(False, 2, "consistent").forward, x, {"s": 1.0, **Approximation(2).values}, monomials.full(3, 2), 4
         )
     assert "v_hat[:, :, :-1] = v" in "".join(traceback.format_exception(caught.value))
 

@@ -10,9 +10,9 @@ import pytest
 
 from polyattn.codegen.schedule import schedule
 from polyattn.errors import ScheduleError
-from polyattn.passes.derive import exact
-from polyattn.passes.kernels import kernels
-from polyattn.rewriter.order import plan
+from polyattn.passes.derive.derive import exact
+from polyattn.passes.derive.kernels import kernels
+from polyattn.rewriter.planning.order import plan
 
 
 @pytest.mark.parametrize("gradient", ["consistent", "substituted"])

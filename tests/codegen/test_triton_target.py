@@ -17,13 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from operands import spec_inputs
 
-from polyattn.codegen import triton_target
 from polyattn.codegen.evaluate import Evaluation
 from polyattn.codegen.spec import KernelSpec
 from polyattn.codegen.tables import Scalars
-from polyattn.passes.kernels import kernels
-from polyattn.rewriter import features
-from polyattn.rewriter.lowrank import Approximation
+from polyattn.codegen.triton import target as triton_target
+from polyattn.passes.derive.kernels import kernels
+from polyattn.rewriter.families.polynomial import monomials
+from polyattn.rewriter.families.polynomial.rule import Approximation
 
 triton = pytest.importorskip("triton")
 
@@ -46,11 +46,11 @@ def inputs(*sizes: int, dtype: torch.dtype = torch.float64) -> Inputs:
 def both(spec: KernelSpec, x: Mapping[str, torch.Tensor], degree: int, block: int) -> tuple[Inputs, Inputs]:
     """What evaluate and the Triton kernels make of a specification."""
     scalars = {"s": 0.3, **Approximation(degree).values}
-    return run_both(spec, x, scalars, features.full(x["Q"].shape[-1], degree), block)
+    return run_both(spec, x, scalars, monomials.full(x["Q"].shape[-1], degree), block)
 
 
 def run_both(
-    spec: KernelSpec, x: Mapping[str, torch.Tensor], scalars: Scalars, basis: features.Basis, block: int
+    spec: KernelSpec, x: Mapping[str, torch.Tensor], scalars: Scalars, basis: monomials.Basis, block: int
 ) -> tuple[Inputs, Inputs]:
     wanted = Evaluation(spec, x, scalars, basis, block).run()
     return wanted, triton_target.run(spec, x, scalars, basis, block, BLOCKS)
@@ -81,7 +81,7 @@ def test_nested_monomials_with_coefficients_of_each_head(causal: bool, widths: t
     generator = torch.Generator().manual_seed(3)
     c = torch.rand(len(widths) + 1, 2, generator=generator, dtype=torch.float64).to(DEVICE) + 0.1
     scalars = {"s": 0.3, **{f"a{m}": row for m, row in enumerate(c)}}
-    basis = features.Basis(widths[0], widths)
+    basis = monomials.Basis(widths[0], widths)
     wanted, got = run_both(made.forward, x, scalars, basis, 20)
     pairs = [(wanted, got), run_both(made.backward(("dQ", "dK", "dV")), {**x, **wanted}, scalars, basis, 20)]
     for wanted, got in pairs:

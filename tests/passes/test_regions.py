@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from matching import EXACT, INF, compile_and_report, gradients, rand, refused
 from torch.utils.checkpoint import checkpoint
 
-from polyattn.codegen import exact
 from polyattn.errors import ExpectSitesError
 from polyattn.passes import pipeline
-from polyattn.report import Report
+from polyattn.report.model import Report
+from polyattn.runtime import exact
 
 B, H, N, M, D, E = 2, 3, 6, 8, 4, 5
 MINE = Path(__file__).name

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import polyattn
-from polyattn import guard
 from polyattn.backend import compile_graph
 from polyattn.backend import polyattn as backend
 from polyattn.errors import ExpectSitesError, OptionValueError, UnknownOptionError
+from polyattn.runtime import guard
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from polyattn.rewriter.landmarks import Skeleton, fit
+from polyattn.rewriter.families.skeleton.landmarks import Skeleton, fit
 
 Tokens = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 SCALE = 0.35

@@ -10,16 +10,16 @@ import sympy
 import torch
 from operands import form_inputs
 
-from polyattn.passes.derive import derive, exact
-from polyattn.passes.forms import FORMS, Form
-from polyattn.rewriter import expr as ir
-from polyattn.rewriter import notation
-from polyattn.rewriter.assemble import Piece, assemble
-from polyattn.rewriter.expr import Program
-from polyattn.rewriter.interpret import Interpreter
-from polyattn.rewriter.matrix import Dense, Einstein, Matrix, Named, Sum
-from polyattn.rewriter.recipe import recipe
-from polyattn.rewriter.symbols import symbol
+from polyattn.passes.derive.derive import derive, exact
+from polyattn.passes.derive.forms import FORMS, Form
+from polyattn.rewriter.algebra import expr as ir
+from polyattn.rewriter.algebra.expr import Program
+from polyattn.rewriter.algebra.interpret import Interpreter
+from polyattn.rewriter.notation import printer
+from polyattn.rewriter.notation.assemble import Piece, assemble
+from polyattn.rewriter.notation.matrix import Dense, Einstein, Matrix, Named, Sum
+from polyattn.rewriter.notation.recipe import recipe
+from polyattn.rewriter.notation.symbols import symbol
 
 SIZES = {"i": 13, "j": 11, "t": 12, "a": 4, "b": 3}
 CHUNK = 4
@@ -64,7 +64,7 @@ def test_every_formula_of_every_step_means_what_the_program_means(name: str, deg
     for step in derive(name, degree, gradient):
         wanted, at = meant(step.program, form, degree), dense(form, degree)
         printed = set()
-        lines = notation.lines(step.program)
+        lines = printer.lines(step.program)
         for line in sorted(lines, key=lambda x: x.note is None):  # w and C are written last and used before
             value = line.tree.value(at) if line.note is None or line.name.text[0] in "wC" else None
             if value is None:
@@ -87,7 +87,7 @@ def test_every_line_of_a_recipe_means_what_the_plan_means(name: str, degree: int
     form = FORMS[name]
     program = derive(name, degree, gradient)[-1].program
     wanted, at = meant(program, form, degree), dense(form, degree)
-    for line in notation.lines(program):
+    for line in printer.lines(program):
         if line.name.text[0] in "wC":
             at.names[line.name.text] = line.tree.value(at)
     made = recipe(program)
@@ -100,30 +100,30 @@ def test_every_line_of_a_recipe_means_what_the_plan_means(name: str, degree: int
 
 
 def test_the_exact_form_reads_as_in_the_mathematics() -> None:
-    assert notation.text(exact("softmax", False)).splitlines() == [
+    assert printer.text(exact("softmax", False)).splitlines() == [
         "A = exp(s Q Kᵀ)",
         "D = A 1",
         "N = A V",
         "O = diag(1/D) N",
     ]
-    assert "dQ = diag(1/D) T" in notation.text(exact("softmax"))
-    assert "T = s (A ∘ (G Vᵀ)) K − s diag(δ/D) A K" in notation.text(exact("softmax"))
+    assert "dQ = diag(1/D) T" in printer.text(exact("softmax"))
+    assert "T = s (A ∘ (G Vᵀ)) K − s diag(δ/D) A K" in printer.text(exact("softmax"))
 
 
 def test_the_low_rank_form_reads_as_in_the_mathematics() -> None:
-    consistent = notation.text(derive("softmax", 2, "consistent")[-1].program).splitlines()
+    consistent = printer.text(derive("softmax", 2, "consistent")[-1].program).splitlines()
     assert "V̂ = [V, 1]" in consistent
     assert "N̂ = Φ₂(Q) diag(w) (Φ₂(K)ᵀ V̂)" in consistent
     assert "dQ = (Φ₁(Q) diag(w′) ⊘ Ĝ (V̂ᵀ Φ₂(K))) C" in consistent
-    substituted = notation.text(derive("softmax", 2, "substituted")[-1].program).splitlines()
+    substituted = printer.text(derive("softmax", 2, "substituted")[-1].program).splitlines()
     assert "dQ = s (Φ₂(Q) diag(w) ⊘ Ĝ) ((Φ₂(K) ⊘ V̂)ᵀ K)" in substituted
 
 
 def test_an_expression_has_a_text_and_a_latex_form() -> None:
     program = derive("causal_softmax", 2, "consistent")[-1].program
     x = program["N̂"].expr
-    assert notation.text(x) == "(M_near ∘ A) V̂ + (M_far ∘ (Φ₂(Q) diag(w) Φ₂(K)ᵀ)) V̂"
-    assert r"M_{\mathrm{far}} \circ (\Phi_{2}(Q)\, \mathrm{diag}(w)\, \Phi_{2}(K)^{\top})" in notation.latex(x)
+    assert printer.text(x) == "(M_near ∘ A) V̂ + (M_far ∘ (Φ₂(Q) diag(w) Φ₂(K)ᵀ)) V̂"
+    assert r"M_{\mathrm{far}} \circ (\Phi_{2}(Q)\, \mathrm{diag}(w)\, \Phi_{2}(K)^{\top})" in printer.latex(x)
 
 
 def test_a_product_without_a_matrix_form_shows_its_indices() -> None:
@@ -164,7 +164,7 @@ def test_mathtext_renders_every_formula(name: str) -> None:
     parser = mathtext.MathTextParser("path")
     for gradient in ("consistent", "substituted"):
         formulas = {
-            formula for step in derive(name, 2, gradient) for formula in notation.latex(step.program).splitlines()
+            formula for step in derive(name, 2, gradient) for formula in printer.latex(step.program).splitlines()
         }
         for formula in sorted(formulas):
             assert not re.search(r"[^\x00-\x7f]", formula), f"{formula} is not plain LaTeX"

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polyattn.rewriter import features, polynomial
-from polyattn.rewriter.polynomial import Sample, minimax
+from polyattn.rewriter.families.polynomial import coefficients as polynomial
+from polyattn.rewriter.families.polynomial import monomials
+from polyattn.rewriter.families.polynomial.coefficients import Sample, minimax
 
 TABLE = {
     0.25: (1.6e-2, 6.5e-4, 2.0e-5),
@@ -77,9 +78,9 @@ def test_balanced_coordinates(d: int, inner: int, seed: int) -> None:
 def test_widths_grow_with_the_rank_and_stay_within_it() -> None:
     spectrum = torch.linspace(0.1, 3, 16, dtype=torch.float64)[None].repeat(2, 1)
     before = (0, 0, 0, 0)
-    for rank in (17, 40, 100, 300, 1000, features.rank(features.full(16, 4))):
+    for rank in (17, 40, 100, 300, 1000, monomials.rank(monomials.full(16, 4))):
         basis = polynomial.choose(spectrum, 0.3, 4, 16, rank)
-        assert features.rank(basis) <= rank
+        assert monomials.rank(basis) <= rank
         assert all(a >= b for a, b in zip(basis.widths, before, strict=True))
         before = basis.widths
     assert before == (16,) * 4
@@ -120,7 +121,7 @@ def test_least_squares_beats_the_others_and_gets_better_with_the_degree(causal: 
     for degree in (1, 2, 3, 4):
         squares = {}
         for kind in ("least_squares", "taylor", "minimax"):
-            c, _ = polynomial.coefficients(kind, made, turn, features.full(6, degree))
+            c, _ = polynomial.coefficients(kind, made, turn, monomials.full(6, degree))
             x = 0.03 * made.q @ made.k.mT
             value = sum(row[:, None, None] * x**m for m, row in enumerate(c.mT))
             a = torch.where(made.near, x.exp(), value) * made.logs.exp()
@@ -135,11 +136,11 @@ def test_the_error_is_that_of_the_rows() -> None:
     q, k, weights = operands(2, 120, 5, 2)
     made = sample_of(q, k, weights, 0.2)
     turn = polynomial.balance(q, k, made.mass)
-    basis = features.Basis(5, (5, 4, 2))
+    basis = monomials.Basis(5, (5, 4, 2))
     c, error = polynomial.coefficients("least_squares", made, turn, basis)
-    phi, psi = (features.generate(x @ t, basis) for x, t in ((q[:, 0], turn.q), (k[:, 0], turn.k)))
+    phi, psi = (monomials.generate(x @ t, basis) for x, t in ((q[:, 0], turn.q), (k[:, 0], turn.k)))
     w = torch.as_tensor(
-        np.stack([features.weights([a * 0.2**m for m, a in enumerate(row)], basis) for row in c.tolist()])
+        np.stack([monomials.weights([a * 0.2**m for m, a in enumerate(row)], basis) for row in c.tolist()])
     )
     a = (phi * w[:, None]) @ psi.mT * weights[:, 0][:, None]
     p = (0.2 * q[:, 0] @ k[:, 0].mT + weights[:, 0].log()[:, None]).softmax(2)
@@ -152,7 +153,7 @@ def test_full_widths_are_the_full_form_whatever_the_coordinates() -> None:
     turn, eye = polynomial.balance(q, k, made.mass), torch.eye(4, dtype=torch.float64).expand(2, 4, 4)
     plain = polynomial.Turn(eye, eye, turn.spectrum)
     for degree in (2, 3):
-        basis = features.full(4, degree)
+        basis = monomials.full(4, degree)
         left, right = (polynomial.coefficients("least_squares", made, t, basis) for t in (turn, plain))
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
 
@@ -185,7 +186,7 @@ def test_a_wide_head_whose_best_parabola_is_not_positive_gets_one_that_is() -> N
     made = sample_of(q, k, weights, 0.6)
     turn = polynomial.balance(q, k, made.mass)
     for degree in (2, 4):
-        c, _ = polynomial.coefficients("least_squares", made, turn, features.full(8, degree))
+        c, _ = polynomial.coefficients("least_squares", made, turn, monomials.full(8, degree))
         line = np.linspace(-300, 300, 60001)
         assert all(np.polynomial.polynomial.polyval(line, row).min() > 0 for row in c.numpy())
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-import polyattn.ops  # noqa: F401  (registers the operators)
+import polyattn.runtime.ops  # noqa: F401  (registers the operators)
 from polyattn.backend import compile_graph
 from polyattn.options import Options
-from polyattn.report import Report
+from polyattn.report.model import Report
 
 INF = float("inf")
 EXACT = Options(policy="exact", inner="eager")

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from polyattn.passes.forms import Form
-from polyattn.rewriter.expr import Mask
+from polyattn.passes.derive.forms import Form
+from polyattn.rewriter.algebra.expr import Indicator
 
 
 def form_inputs(form: Form, sizes: Mapping[str, int], chunk: int) -> dict[str, torch.Tensor]:
@@ -16,9 +16,9 @@ def form_inputs(form: Form, sizes: Mapping[str, int], chunk: int) -> dict[str, t
     found = {
         t.name: 0.5 * torch.randn([sizes[k.letter] for k in t.kinds], dtype=torch.float64, generator=generator)
         for t in (*form.inputs, form.cotangent)
-        if not isinstance(t, Mask)
+        if not isinstance(t, Indicator)
     }
-    if any(isinstance(t, Mask) for t in form.inputs):
+    if any(isinstance(t, Indicator) for t in form.inputs):
         i, j = torch.arange(sizes["i"])[:, None], torch.arange(sizes["j"])[None]
         found["M_near"] = ((i // chunk == j // chunk) & (j <= i)).double()
         found["M_far"] = (j // chunk < i // chunk).double()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from polyattn import guard
+from polyattn.runtime import guard
 
 
 def only_state() -> guard.SiteState:

@@ -297,10 +297,10 @@ def surroundings(gm: Any, inputs: Any, report: Any) -> list[dict[str, str]]:
     if not found:
         return []
     try:
-        from polyattn.passes.match import SOFTMAX
-        from polyattn.passes.normalize import normalize
-        from polyattn.passes.products import unify_products
-        from polyattn.passes.scores import FLOWS
+        from polyattn.passes.match.anchors import SOFTMAX
+        from polyattn.passes.match.scores import FLOWS
+        from polyattn.passes.prepare.normalize import normalize
+        from polyattn.passes.prepare.products import unify_products
 
         normal = normalize(gm, inputs)
         unify_products(normal.graph, FLOWS, SOFTMAX)

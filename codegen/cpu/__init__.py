@@ -1,0 +1,1 @@
+"""Emitted Python files of torch calls, for CPUs."""

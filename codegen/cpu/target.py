@@ -1,0 +1,190 @@
+"""The CPU target: a specification as a Python file of torch calls, compiled once and run."""
+
+from __future__ import annotations
+
+import functools
+import textwrap
+from collections.abc import Mapping
+
+import sympy
+import torch
+
+from polyattn.codegen import tables
+from polyattn.codegen.cpu.emit import Writer
+from polyattn.codegen.cpu.layout import Layout, number, size
+from polyattn.codegen.cpu.plan import state_key
+from polyattn.codegen.spec import QUERY_SIDE, TOKENS, KernelSpec, letters
+from polyattn.codegen.tables import Scalars
+from polyattn.errors import ScheduleError
+from polyattn.rewriter.families.polynomial import monomials
+
+MASKS = {
+    "none": "without a mask",
+    "causal": "under a causal mask, in chunks",
+    "band": "with an exact band of neighbouring chunks",
+}
+_HELPERS = {
+    "elsewhere": '''
+def elsewhere(parts):
+    """For each chunk, the sum over all chunks but itself and its neighbours; in place of what each chunk adds."""
+    total, near = parts.sum(0), parts.clone()
+    near[1:] += parts[:-1]
+    near[:-1] += parts[1:]
+    return torch.sub(total, near, out=parts)
+''',
+    "products": '''
+def products(d, starts):
+    """Per degree ≥ 2 and variable a: its row, the monomials below in variables ≥ a, and x_a times them."""
+    low, at = 1, d + 1
+    for offsets in starts[1:]:
+        high = at
+        for a, offset in offsets:
+            rows = high - low - offset
+            yield slice(1 + a, 2 + a), slice(low + offset, high), slice(at, at + rows)
+            at += rows
+        low = high
+''',
+    "monomials": '''
+def monomials(x, phi, starts, views):
+    """All monomials of the rows of x [H, T, d], by degree, into phi [H, r, T]: one product per variable and degree."""
+    d = x.shape[2]
+    phi[:, 0] = 1
+    if starts:
+        phi[:, 1 : d + 1] = x.mT
+    key = (phi.data_ptr(), *phi.shape)
+    if key not in views:
+        views[key] = [(phi[:, a], phi[:, low], phi[:, high]) for a, low, high in products(d, starts)]
+    for x_a, low, high in views[key]:
+        torch.mul(x_a, low, out=high)
+    return phi
+''',
+    "gradient": '''
+def gradient(t, phi, spare, d, starts, views):
+    """∂/∂x_a of Σ_α t_α x^α as [H, d, T]: the products that generate the monomials, backwards.
+
+    t [H, r, T] is used up; phi and spare [H, r_1, T] are the monomials one degree below and memory.
+    """
+    key = (t.data_ptr(), phi.data_ptr(), spare.data_ptr(), t.shape[2])
+    if key not in views:
+        views[key] = [
+            (phi[:, a], phi[:, low], spare[:, low], t[:, high], t[:, low], t[:, a.start])
+            for a, low, high in reversed(list(products(d, starts)))
+        ]
+    for x_a, low, product, t_high, t_low, t_a in views[key]:
+        t_a += torch.mul(low, t_high, out=product).sum(1)
+        t_low.addcmul_(x_a, t_high)
+    return t[:, 1 : d + 1]
+''',
+}
+
+
+@functools.cache
+def _written(spec: KernelSpec) -> Writer:
+    writer = Writer(spec)
+    writer.write()
+    return writer
+
+
+@functools.cache
+def emit(spec: KernelSpec) -> str:
+    """A specification as an importable Python file; sizes are read from the tensors that its ``run`` is given.
+
+    Raises:
+        ScheduleError: a node of the plan that this target has no code for; the message says which.
+    """
+    writer = _written(spec)
+    helpers = [text.strip("\n") for name, text in _HELPERS.items() if name in writer.helpers]
+    parts = [_header(spec, writer), _weights(writer), *helpers, _run(spec, writer)]
+    return "\n\n\n".join(parts) + "\n"
+
+
+def _header(spec: KernelSpec, writer: Writer) -> str:
+    outputs = ", ".join(name for loop in spec.loops for name, _ in loop.stores) or "states"
+    mask = MASKS[spec.mask]
+    family = f"degree {max(writer.ranks.values())}" if writer.ranks else "skeleton features"
+    lines = [f'"""{spec.name} of low-rank attention, {family}, {mask}: {outputs}.', ""]
+    lines += [
+        "Q [H, groups, n_q, d], G and O [H, groups, n_q, e], D [H, groups, n_q]; K [H, n_k, d], V [H, n_k, e]"
+        + (", B [H, n_k]." if "B" in spec.inputs else "."),
+        *(["Landmarks LK of keys and LQ of queries [H, m, d], core Z [H, m, m]."] if "Z" in spec.inputs else []),
+        "A block has T_k keys and T_q queries, those of all groups that share the keys.",
+        "",
+    ]
+    for loop in spec.loops:
+        walked = "chunks, last to first" if loop.descending else "chunks" if loop.axis is None else "blocks of "
+        walked += {"i": "queries", "j": "keys"}[loop.axis.letter] if loop.axis is not None else ""
+        sums = list(dict.fromkeys(writer.states[state_key(n)].name for n in loop.accumulate))
+        if spec.mask == "band":
+            walked = walked.replace("blocks", "chunks")
+        made = [f"adds to {', '.join(sums)}"] * bool(sums)
+        made += [f"writes {', '.join(name for name, _ in loop.stores)}"] * bool(loop.stores)
+        lines.append(f"- over {walked}: {' and '.join(made)}")
+    cost = textwrap.fill(f"FLOPs per head: {spec.cost()}", 118, break_long_words=False)
+    return "\n".join([*lines, "", cost, '"""', "", "import torch"])
+
+
+def _weights(writer: Writer) -> str:
+    symbols = sorted({s.name for key in writer.weights for c in key for s in sympy.sympify(c).free_symbols})
+    lines = [
+        "def weights(scalars):",
+        '    """Coefficients of the polynomials whose monomials\' weights ``run`` takes."""',
+    ]
+    lines += [f'    {s} = scalars["{s}"]' for s in symbols]
+    lines.append("    return {")
+    for coefficients, name in writer.weights.items():
+        lines.append(f'        "{name}": ({", ".join(map(number, coefficients))},),')
+    return "\n".join([*lines, "    }"])
+
+
+def _run(spec: KernelSpec, writer: Writer) -> str:
+    named = dict.fromkeys(("Q", "K", *spec.inputs))
+    lines = [f"{', '.join(named)} = " + ", ".join(f'inputs["{name}"]' for name in named)]
+    lines += ["H, groups, n_q, d = Q.shape", "n_k = K.shape[1]"]
+    lines += [f"e = {name}.shape[-1]" for name in ("V", "G", "O") if name in named][:1]
+    lines += [f"d_1 = {name}.shape[-1]" for name in ("QP", "KP") if name in named][:1]
+    lines += [f"m = {name}.shape[1]" for name in ("LK", "LQ", "Z") if name in named][:1]
+    lines += [f"{name} = ranks[{degree}]" for name, degree in sorted(writer.ranks.items())]
+    lines += [f'{name} = scalars["{name}"]' for name in sorted(writer.symbols)]
+    lines += [f'{name} = weights["{name}"]' for name in writer.weights.values()]
+    band = spec.mask == "band"
+    most = "3 * block" if band else "block"
+    lines += [f"T_q, T_k = groups * min({most}, n_q), min({most}, n_k)", "T = max(T_q, T_k)", "views = {}"]
+    if band:
+        lines.append("chunks = (max(n_q, n_k) + block - 1) // block")
+    per = "chunks, " if band else ""
+    lines += [f"{v.name} = Q.new_zeros({per}{_sizes(v.layout)})" for v in writer.states.values()]
+    lines += [f"{name} = Q.new_empty({_sizes(layout)})" for name, layout in writer.memory.items()]
+    for value, fills in writer.stacks.values():
+        lines += [f"{value.name} = Q.new_empty({_sizes(value.layout)})", *fills]
+    for loop in spec.loops:
+        for name, n in loop.stores:
+            if n.tokens:
+                like = "*Q.shape[:3]" if name in QUERY_SIDE else "H, n_k"
+                widths = [size(x) for x in letters(n) if x not in TOKENS]
+                lines.append(f"{name} = Q.new_empty({', '.join([like, *widths])})")
+    head = ["@torch.no_grad()", "def run(inputs, weights, starts, ranks, scalars, block):"]
+    head.append(
+        '    """Outputs by name; ``starts``: per degree, variables a and where those in variables ≥ a begin below."""'
+    )
+    return "\n".join([*head, *("    " + line if line else "" for line in (*lines, "", *writer.loops))])
+
+
+def _sizes(layout: Layout) -> str:
+    return ", ".join(["H", *map(size, layout)])
+
+
+def run(
+    spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scalars: Scalars, basis: monomials.Basis, block: int
+) -> dict[str, torch.Tensor]:
+    """Run a specification's emitted file; the arguments are those of :func:`polyattn.codegen.target.run`."""
+    module, sample = tables.module(f"cpu_{spec.name}", emit(spec)), inputs["Q"]
+    weights = {
+        name: tables.weights(coefficients, basis, sample.dtype, sample.device)
+        for name, coefficients in module.weights(scalars).items()
+    }
+    varied = [name for name in _written(spec).symbols if isinstance(scalars[name], torch.Tensor)]
+    if varied:
+        raise ScheduleError(f"coefficients {varied} differ from head to head outside of weights of monomials")
+    ranks = [monomials.rank(basis.below(m)) for m in range(basis.degree + 1)]
+    made: dict[str, torch.Tensor] = module.run(inputs, weights, monomials.layout(basis), ranks, scalars, block)
+    return made

@@ -1,0 +1,1 @@
+"""Emitted Triton files, for GPUs."""

@@ -1,0 +1,1 @@
+"""From a form of attention to kernel specifications: trace, lift, rules, plan."""

@@ -1,0 +1,90 @@
+"""What people read of a site: its derivation, its kernels, and runnable graphs of its forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import sympy
+
+from polyattn.codegen import target
+from polyattn.passes.derive.derive import Step, derive
+from polyattn.passes.derive.forms import softmax_form
+from polyattn.passes.derive.kernels import exact_plan, kernels
+from polyattn.passes.derive.log import Log, formulas
+from polyattn.rewriter.planning.order import plan
+from polyattn.rewriter.planning.plan import walk
+
+
+@dataclass(frozen=True)
+class Derivation:
+    """The rules applied to one form, in order, and the costs of exact attention and of both backwards.
+
+    ``str`` is the readable log; ``shape`` (``n_q``, ``n_k``, ``d``, ``e``, ``chunk``) adds numbers to it.
+    """
+
+    steps: tuple[Step, ...]
+    form: str
+    degree: int | None
+    gradient: str
+    shape: Mapping[str, int] | None = None
+
+    def costs(self) -> dict[str, sympy.Expr]:
+        """FLOPs per head of the plans, in n, d, e, r, r' and C; a backward is given all that the forward computed."""
+        found = {}
+        dense = exact_plan(self.form)
+        found["exact forward"] = dense.cost(["O"])
+        found["exact backward"] = dense.cost(_gradients(dense.outputs), walk([dense.outputs["O"]]))
+        for gradient in ("consistent", "substituted"):
+            made = plan(derive(self.form, self.degree, gradient)[-1].program)
+            found["low-rank forward"] = made.cost(["O"])
+            found[f"{gradient} backward"] = made.cost(_gradients(made.outputs), walk([made.outputs["O"]]))
+        return found
+
+    def __str__(self) -> str:
+        others = {name: derive(self.form, self.degree, name)[-1].program for name in ("consistent", "substituted")}
+        log = Log(self.form, self.degree, self.gradient)
+        return log.write(self.steps, others, self.costs(), self.shape)
+
+    def latex(self) -> str:
+        """The formulas of every step as displays, a comment with the rule before them."""
+        lines = []
+        for number, step in enumerate(self.steps, 1):
+            lines.append(f"% {number}. {step.rule}: {step.note}")
+            lines += [rf"\[ {formula} \]" for formula in formulas(step.program)]
+        return "\n".join(lines)
+
+
+def _gradients(outputs: Mapping[str, object]) -> list[str]:
+    return [name for name in outputs if name != "O"]
+
+
+def derivation(
+    *,
+    causal: bool,
+    degree: int | None,
+    gradient: str,
+    shape: Mapping[str, int] | None = None,
+    weighted: bool = False,
+    band: bool = False,
+) -> Derivation:
+    """The derivation of softmax attention; ``str`` of it is the readable log, with numbers if a shape is given.
+
+    ``weighted``: with weights of the keys, as centred queries leave them; ``band``: without a mask,
+    with an exact near field.
+    """
+    return derivation_of(softmax_form(causal, weighted, band), degree, gradient, shape)
+
+
+def derivation_of(form: str, degree: int | None, gradient: str, shape: Mapping[str, int] | None = None) -> Derivation:
+    """The derivation of any form of ``passes/derive/forms.py``."""
+    return Derivation(derive(form, degree, gradient), form, degree, gradient, shape)
+
+
+def sources(
+    *, causal: bool, degree: int | None, gradient: str, weighted: bool = False, band: bool = False
+) -> dict[str, str]:
+    """Texts by name: ``forward.specification``, ``forward.cpu``, ``forward.triton``, and the same of ``backward``."""
+    made = kernels(causal, degree, gradient, weighted, band)
+    specs = {"forward": made.forward, "backward": made.backward(("dQ", "dK", "dV"))}
+    return {f"{name}.{kind}": text for name, spec in specs.items() for kind, text in target.sources(spec).items()}

@@ -1,0 +1,1 @@
+"""From anchors outwards: an attention site, or the reason why there is none."""

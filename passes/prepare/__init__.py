@@ -1,0 +1,1 @@
+"""Every spelling becomes a few aten operations."""

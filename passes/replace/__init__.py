@@ -1,0 +1,1 @@
+"""One operator in the place of each site."""

@@ -1,0 +1,189 @@
+"""Sampled rows and weights of a call beside exact attention's in float64, for ``explain``; units as in ``measure``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from polyattn.passes.derive.kernels import exact_nodes
+from polyattn.report.measure import TINY, Tensors, relative
+from polyattn.report.plots import Samples
+from polyattn.runtime import exact as dense
+from polyattn.runtime import execute
+from polyattn.runtime.execute import Setting
+
+KEYS = 64
+"""Keys that are drawn for a call, the same for all of its rows."""
+LARGEST = 3
+"""Keys of largest weight that are added for each row."""
+COLUMNS = 64
+"""Keys whose approximate weights one run of the kernels yields."""
+ELEMENTS = 1 << 24
+"""Of the one-hot values of such a run, at most: heads go together as far as that allows."""
+GRADIENT_PAIRS = 1 << 24
+"""Pairs of a query and a key up to which gradients of whole heads are computed exactly; beyond, dQ of sampled rows."""
+GRADIENT_HEADS = 2
+"""Key heads, of one batch element, whose gradients are compared."""
+
+
+def _draw(count: int, some: int, generator: torch.Generator) -> torch.Tensor:
+    """So many numbers below ``count``, sorted; all where there are no more."""
+    if count <= some:
+        return torch.arange(count)
+    return torch.randperm(count, generator=generator)[:some].sort()[0]
+
+
+def _distinct(numbers: torch.Tensor) -> torch.Tensor:
+    """The same ones once each, sorted."""
+    return torch.tensor(sorted(set(numbers.tolist())), dtype=torch.long)
+
+
+@torch.no_grad()
+def sample(
+    state: int, tensors: Tensors, out: torch.Tensor, setting: Setting, rows: int, generator: torch.Generator
+) -> Samples:
+    """Rows of a low-rank call beside exact ones, and weights of these rows at some keys. Memory is linear in n.
+
+    Approximate weights are outputs of the same kernels for the values 1 at one key and 0 elsewhere. The call is run
+    once more, and these after it.
+
+    Args:
+        tensors: q [batch, heads, n_q, d], k [batch, kv_heads, n_k, d], v [batch, kv_heads, n_k, e] of the call.
+        out: its output, [batch, heads, n_q, e].
+        setting: how it was computed.
+        rows: so many rows are drawn, at random over batch elements, heads and positions.
+    """
+    q, k, v = tensors
+    (batch, heads, n_q), groups = q.shape[:3], q.shape[1] // k.shape[1]
+    flat = _draw(batch * heads * n_q, rows, generator)
+    keys = _draw(k.shape[2], KEYS, generator)
+    where = torch.stack([flat // (heads * n_q), flat // n_q % heads, flat % n_q], 1)
+    key_heads = where[:, 0] * k.shape[1] + where[:, 1] // groups
+    errors = torch.zeros(len(flat), dtype=torch.float64)
+    pairs: list[tuple[torch.Tensor, ...]] = []
+    for c in _distinct(key_heads).tolist():
+        mine = (key_heads == c).nonzero().squeeze(1)
+        b, h = divmod(c, k.shape[1])
+        kept = k[b, h].double(), v[b, h].double()
+        unit = (kept[1] - kept[1].mean(0)).norm(dim=-1).max().clamp_min(TINY)
+        for part in mine.split(max(1, dense.PAIRS // k.shape[2])):
+            at = where[part].to(q.device)
+            queries = q[at[:, 0], at[:, 1], at[:, 2]].double()
+            weights = dense.weights(queries, kept[0], at[:, 2], setting.scale, setting.causal)
+            got = out[at[:, 0], at[:, 1], at[:, 2]].double()
+            errors[part] = ((got - weights @ kept[1]).norm(dim=-1) / unit).cpu()
+            pairs.extend(_pairs(part, where[part, 2], weights, keys, setting.causal))
+    row, key, drawn, exact = (torch.cat(some) for some in zip(*pairs, strict=True))
+    grouped, place = execute.grouped(q, k, v), (key_heads, where[:, 1] % groups, where[:, 2])
+    # Which rows were made exact, the call's own values and all of its rows decide.
+    denominators = execute.forward(*grouped, setting).denominators
+    left = denominators[tuple(x.to(q.device) for x in place)].cpu() <= 0
+    approximate = torch.where(left[row], exact, _approximate(grouped, setting, place, row, key))
+    return Samples(state, where, errors, left, row, key, drawn, exact, approximate)
+
+
+def _pairs(
+    rows: torch.Tensor, positions: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, causal: bool
+) -> list[tuple[torch.Tensor, ...]]:
+    """Of each row the keys that are looked at and that it sees: (row, key, drawn, exact weight)."""
+    found: list[tuple[torch.Tensor, ...]] = []
+    largest = weights.topk(min(LARGEST, weights.shape[1]))[1].cpu()
+    for number, (row, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
+        extra = largest[number][~torch.isin(largest[number], keys)]
+        some = torch.cat([keys, extra])
+        drawn = torch.arange(len(some)) < len(keys)
+        if causal:
+            some, drawn = some[some <= position], drawn[some <= position]
+        exact = weights[number, some.to(weights.device)].cpu()
+        found.append((torch.full_like(some, row), some, drawn, exact))
+    return found
+
+
+def _approximate(
+    grouped: execute.Grouped,
+    setting: Setting,
+    heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    row: torch.Tensor,
+    key: torch.Tensor,
+) -> torch.Tensor:
+    """The kernels' weights of pairs of a row and a key, float64 [p], on the CPU.
+
+    Args:
+        heads: of each row its key head, among those of all batch elements, its group and its position.
+    """
+    (q, k, _), (key_heads, group, position) = grouped, heads
+    made = torch.zeros(len(row), dtype=torch.float64)
+    step, used = max(1, ELEMENTS // (k.shape[1] * COLUMNS)), _distinct(key_heads)
+    for first in range(0, len(used), step):
+        some = used[first : first + step]
+        columns = [_distinct(key[key_heads[row] == c]) for c in some.tolist()]
+        mine, low = some.to(q.device), setting
+        if setting.fitted is not None:
+            low = dataclasses.replace(setting, fitted=setting.fitted[mine % len(setting.fitted)])
+        for at in range(0, max(map(len, columns)), COLUMNS):
+            values = k.new_zeros(len(some), k.shape[1], COLUMNS)
+            for number, keys in enumerate(columns):
+                part = keys[at : at + COLUMNS].to(k.device)
+                values[number, part, torch.arange(len(part), device=k.device)] = 1
+            result = execute.approximate(q[mine], k[mine], values, low).out
+            for number, (c, keys) in enumerate(zip(some.tolist(), columns, strict=True)):
+                part = keys[at : at + COLUMNS]
+                pairs = ((key_heads[row] == c) & torch.isin(key, part)).nonzero().squeeze(1)
+                place = (group[row[pairs]], position[row[pairs]], torch.searchsorted(part, key[pairs]))
+                made[pairs] = result[number][tuple(x.to(q.device) for x in place)].double().cpu()
+    return made
+
+
+@torch.no_grad()
+def with_gradients(
+    samples: Samples,
+    g: torch.Tensor,
+    tensors: Tensors,
+    gradients: Sequence[torch.Tensor | None],
+    setting: Setting,
+    generator: torch.Generator,
+) -> Samples:
+    """Add the relative errors of a backward's gradients (None where there is none): of all rows of a few heads; of dQ
+    of the sampled rows where that would be too much. Memory is linear in n."""
+    q, k, v = tensors
+    (n_q, n_k), groups = (q.shape[2], k.shape[2]), q.shape[1] // k.shape[1]
+    got: dict[str, list[torch.Tensor]] = {"dQ": [], "dK": [], "dV": []}
+    wanted: dict[str, list[torch.Tensor]] = {"dQ": [], "dK": [], "dV": []}
+    nodes, affordable = exact_nodes(setting.causal), GRADIENT_PAIRS // (groups * n_q * n_k)
+
+    def exactly(b: int, h: int, rows: torch.Tensor) -> Tensors:
+        c = h // groups
+        mine, keys, values, gs = (x.double() for x in (q[b, h, rows], k[b, c], v[b, c], g[b, h, rows]))
+        return dense.rows_backward(nodes, mine, keys, values, gs, rows, setting.scale, setting.causal)
+
+    def compare(name: str, have: torch.Tensor | None, exact: torch.Tensor) -> None:
+        if have is not None:
+            got[name].append(have.double().flatten())
+            wanted[name].append(exact.flatten())
+
+    dq, dk, dv = gradients
+    if affordable:
+        b = int(torch.randint(q.shape[0], (), generator=generator))
+        chosen = torch.randperm(k.shape[1], generator=generator)[: min(GRADIENT_HEADS, affordable)].sort()[0].tolist()
+        everything = torch.arange(n_q, device=q.device)
+        for c in chosen:
+            keys, values = (torch.zeros_like(x[b, c], dtype=torch.float64) for x in (k, v))
+            for h in range(c * groups, (c + 1) * groups):
+                made = exactly(b, h, everything)
+                compare("dQ", None if dq is None else dq[b, h], made[0])
+                keys, values = keys + made[1], values + made[2]
+            compare("dK", None if dk is None else dk[b, c], keys)
+            compare("dV", None if dv is None else dv[b, c], values)
+        of = f"{len(chosen) * groups} of {q.shape[1]} heads of batch element {b}"
+    else:
+        for b, h in sorted({(b, h) for b, h, _ in samples.rows.tolist()}):
+            mine = (samples.rows[:, :2] == torch.tensor([b, h])).all(1)
+            rows = samples.rows[mine, 2].to(q.device)
+            compare("dQ", None if dq is None else dq[b, h, rows], exactly(b, h, rows)[0])
+        of = f"the sampled rows; exact dK and dV of a head take {groups * n_q * n_k:.2g} pairs of tokens"
+    errors = {
+        name: float(relative(torch.cat(parts), torch.cat(wanted[name]), (0,))) for name, parts in got.items() if parts
+    }
+    return dataclasses.replace(samples, gradients=errors, gradients_of=of if errors else "")

@@ -1,0 +1,1 @@
+"""What happens when a site runs: its operators, its state, its checks."""

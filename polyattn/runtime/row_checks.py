@@ -1,0 +1,42 @@
+"""Rows of a low-rank form that no softmax has: they are off for certain, at a cost linear in the tokens.
+
+A row of softmax attention has a denominator of at least W exp(Σ_j b_j s_j / W), by Jensen's inequality, with weights b,
+their sum W and logits s; and its output is a mean of values, no further from any point than the furthest value. Where
+an approximation of exp is close, both hold; rows far outside of what was fitted, whose denominators are near zero or
+whose entries are large and of both signs, break one of them most of the time.
+
+Tensors are grouped by key head: queries [heads, groups, n_q, d], keys [heads, n_k, d], values [heads, n_k, e].
+"""
+
+from __future__ import annotations
+
+import torch
+
+from polyattn.runtime.centring import Moved
+
+SHARE, REACH = 0.5, 1.1
+"""Of the least denominator, and of the distance of the furthest value, at which a row is taken for off: half of the
+denominator is missing, or the output is off by a tenth of that distance."""
+
+
+def denominators(moved: Moved, found: torch.Tensor, scale: float, causal: bool) -> torch.Tensor:
+    """Which denominators [heads, groups, n_q] are not finite, not positive or too small; of keys that have weights."""
+    weights = torch.ones_like(moved.k[..., 0]) if moved.weights is None else moved.weights
+    sums, means = weights, moved.k * weights[..., None]
+    if causal:
+        last = torch.arange(found.shape[-1], device=found.device).clamp_max(weights.shape[1] - 1)
+        sums, means = sums.cumsum(1)[:, last], means.cumsum(1)[:, last]
+    else:
+        sums, means = sums.sum(1, keepdim=True), means.sum(1, keepdim=True)
+    means = means / sums.clamp_min(torch.finfo(sums.dtype).tiny)[..., None]
+    least = (scale * (moved.q * means[:, None]).sum(-1)).exp() * sums[:, None]
+    # Where every key that is seen has weight zero, nothing is missing.
+    return ~(torch.isfinite(found) & ((found > SHARE * least) | ((sums == 0)[:, None] & (found == 0))))
+
+
+def outputs(v: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """Which outputs [heads, groups, n_q, e] are not finite or further from the mean value than every value."""
+    centre = v.mean(1, keepdim=True)
+    furthest, rounding = (v - centre).norm(dim=-1).amax(1), torch.finfo(v.dtype).eps ** 0.5 * v.norm(dim=-1).amax(1)
+    inside: torch.Tensor = (found - centre[:, None]).norm(dim=-1) <= (REACH * furthest + rounding)[:, None, None]
+    return ~inside

@@ -1,0 +1,1 @@
+"""Index notation: tensors, expressions, programs, and their dense meaning."""

@@ -1,0 +1,247 @@
+"""Tensors: what a factor of an expression indexes, and the axes that it has.
+
+An axis is a ``Kind`` with a symbolic size; an ``Index`` is one use of it inside a term.  Everything that a factor can
+name is a ``Tensor``: inputs, masks, named intermediates, elementwise functions, features, weights, selections, stacks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import sympy
+
+if TYPE_CHECKING:
+    from polyattn.rewriter.algebra.expr import Expr
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A sort of axis: its letter, its symbolic size, and whether it runs over tokens."""
+
+    letter: str
+    size: sympy.Expr
+    token: bool = False
+
+    def __repr__(self) -> str:
+        return f"{self.letter}:{self.size}"
+
+
+@dataclass(frozen=True)
+class Index:
+    """One index of a kind; the number tells indices of one kind apart inside a term."""
+
+    kind: Kind
+    number: int = 0
+
+    def __repr__(self) -> str:
+        return self.kind.letter + ("'" * self.number if self.number < 4 else str(self.number))
+
+
+# Symbols of the costs (math.md's letters).
+N_Q, N_K, D, E, R, R1, CHUNK = sympy.symbols("n_q n_k d e r r' C", positive=True)
+D1, E1 = sympy.symbols("d' e'", positive=True)
+"""Directions of queries and keys, and of values (rewriter/rules/project.py)."""
+N = sympy.Symbol("n", positive=True)
+QUERY = Kind("i", N_Q, token=True)
+KEY = Kind("j", N_K, token=True)
+TOKEN = Kind("t", N, token=True)
+HEAD = Kind("a", D)
+VALUE = Kind("b", E)
+DIRECTION = Kind("c", D1)
+
+
+class Tensor:
+    """What a factor indexes: an input, a named intermediate, a function of one, features, masks, …"""
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        raise NotImplementedError
+
+    @property
+    def name(self) -> str:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Leaf(Tensor):
+    """An input tensor."""
+
+    label: str
+    axes: tuple[Kind, ...]
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        return self.axes
+
+    @property
+    def name(self) -> str:
+        return self.label
+
+
+@dataclass(frozen=True)
+class Indicator(Tensor):
+    """0/1 on a pair of tokens: ``causal`` (j ≤ i) or ``all``, or a part of it.
+
+    ``near``: of ``causal``, j ≤ i in i's chunk; of ``all``, j in i's chunk or in one next to it. ``far``: the others.
+    """
+
+    which: str
+    axes: tuple[Kind, Kind]
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        return self.axes
+
+    @property
+    def name(self) -> str:
+        return {"causal": "M", "all": "M", "near": "M_near", "far": "M_far"}[self.which]
+
+
+@dataclass(frozen=True)
+class Def(Tensor):
+    """A named intermediate. Names are unique in a program, so equality is equality of names."""
+
+    label: str
+    expr: Expr = field(compare=False, repr=False)
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        return tuple(index.kind for index in self.expr.indices)
+
+    @property
+    def name(self) -> str:
+        return self.label
+
+
+@dataclass(frozen=True)
+class Map(Tensor):
+    """An elementwise function (``exp``, ``reciprocal``) of a tensor."""
+
+    function: str
+    argument: Tensor
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        return self.argument.kinds
+
+    @property
+    def name(self) -> str:
+        return f"1/{self.argument.name}" if self.function == "reciprocal" else f"{self.function}({self.argument.name})"
+
+
+@dataclass(frozen=True)
+class Poly(Tensor):
+    """A polynomial of a score, elementwise: Σ_m coefficients[m] · score^m; S itself is (0, 1)."""
+
+    score: Tensor
+    coefficients: tuple[sympy.Expr, ...]
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        return self.score.kinds
+
+    @property
+    def degree(self) -> int:
+        return len(self.coefficients) - 1
+
+    @property
+    def name(self) -> str:
+        parts = []
+        for power, c in enumerate(self.coefficients):
+            if c == 0:
+                continue
+            base = "" if power == 0 else self.score.name + ("" if power == 1 else f"^{power}")
+            parts.append(str(c) if not base else base if c == 1 else f"{c}·{base}")
+        return "(" + " + ".join(parts or ["0"]) + ")"
+
+
+@dataclass(frozen=True)
+class Feature(Tensor):
+    """Feature map of a token-level tensor: one row of features per token; the family lives in ``features``."""
+
+    source: Tensor
+    degree: int
+    rank: Kind
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        return (self.source.kinds[0], self.rank)
+
+    @property
+    def name(self) -> str:
+        return f"Φ{self.degree}({self.source.name})"
+
+
+@dataclass(frozen=True)
+class Weights(Tensor):
+    """Weight of each monomial: coefficients[|α|] · |α|!/α! (math.md §2, symmetric compression)."""
+
+    coefficients: tuple[sympy.Expr, ...]
+    rank: Kind
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        return (self.rank,)
+
+    @property
+    def degree(self) -> int:
+        return len(self.coefficients) - 1
+
+    @property
+    def name(self) -> str:
+        return f"w{self.degree}"
+
+
+@dataclass(frozen=True)
+class Select(Tensor):
+    """The constant C[β, a, α] = 1 where monomial α is monomial β times x_a (degree g−1 → g)."""
+
+    lower: Kind
+    head: Kind
+    upper: Kind
+    degree: int
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        return (self.lower, self.head, self.upper)
+
+    @property
+    def name(self) -> str:
+        return "C"
+
+
+@dataclass(frozen=True)
+class Concat(Tensor):
+    """Columns of several token-level tensors side by side, [U₁, U₂, …]; ``parts`` are expressions [token(, column)]."""
+
+    label: str
+    parts: tuple[Expr, ...]
+    column: Kind
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        return (self.parts[0].indices[0].kind, self.column)
+
+    @property
+    def name(self) -> str:
+        return self.label
+
+
+@dataclass(frozen=True)
+class Part(Tensor):
+    """Columns ``[:, part]`` of a stacked tensor, as they lay in its Concat."""
+
+    whole: Tensor
+    part: int
+    widths: tuple[Kind | None, ...]
+    """The column kind of every part of the stack; None is a single column without an axis."""
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        width = self.widths[self.part]
+        return (*self.whole.kinds[:-1], *(() if width is None else (width,)))
+
+    @property
+    def name(self) -> str:
+        return f"{self.whole.name}[{self.part}]"

@@ -1,0 +1,1 @@
+"""Families of feature maps in place of exp, one folder each."""

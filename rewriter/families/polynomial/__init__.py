@@ -1,0 +1,1 @@
+"""Polynomials of the logits: monomials of queries and keys as features."""

@@ -1,0 +1,1 @@
+"""CUR (generalised Nyström) approximation of exp: exponentials of landmarks as features."""

@@ -1,0 +1,1 @@
+"""Programs and plans as people read them."""

@@ -1,0 +1,1 @@
+"""Contraction order by cost."""

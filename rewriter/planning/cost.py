@@ -1,0 +1,132 @@
+"""Costs as people read them: polynomials in n, d, e, r, r′ and C, and the terms that decide (math.md §7).
+
+``n_q`` and ``n_k`` are both written n.  A term's weight is its degree in d when r and C grow like d^g, r′ like d^(g−1)
+and e like d; the leading terms are the heaviest ones of the highest power of n.  Skeleton features have no degree g
+(None): their number m counts like d².
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import sympy
+
+from polyattn.rewriter.algebra.tensor import CHUNK, D1, E1, N_K, N_Q, R1, D, E, N, R
+from polyattn.rewriter.families.polynomial.monomials import full, rank
+from polyattn.rewriter.families.skeleton.rule import M
+from polyattn.rewriter.notation.symbols import LATEX, TEXT, Style, symbol
+
+_WIDE = sympy.Symbol("(e+1)", positive=True)
+"""Stands for e + 1, the width of V̂."""
+
+Monomials = dict[sympy.Expr, sympy.Expr]
+"""Products of symbols with their numbers."""
+
+
+def per_token(cost: sympy.Expr) -> sympy.Expr:
+    """The cost with as many queries as keys."""
+    return sympy.expand(cost.subs({N_Q: N, N_K: N}))
+
+
+def token_power(cost: sympy.Expr) -> int:
+    """The degree in n."""
+    return int(sympy.degree(per_token(cost), N)) if per_token(cost).has(N) else 0
+
+
+def _monomials(x: sympy.Expr) -> Monomials:
+    """The polynomial with m e + m written as m (e + 1) wherever it holds both."""
+    found: Monomials = {}
+    for term in sympy.Add.make_args(sympy.expand(x)):
+        number, rest = term.as_coeff_Mul()
+        if number != 0:
+            found[rest] = found.get(rest, sympy.Integer(0)) + number
+    for rest in sorted(found, key=str):
+        plain = rest / E
+        if not plain.has(E) and rest.has(E) and found.get(plain, 0) >= found[rest] > 0:
+            number = found.pop(rest)
+            found[plain * _WIDE] = number
+            found[plain] -= number
+            if found[plain] == 0:
+                del found[plain]
+    return found
+
+
+def _weight(x: sympy.Expr, degree: int | None) -> int:
+    g = 2 if degree is None else degree
+    weights = {R: g, CHUNK: g, R1: g - 1, M: 2, D: 1, E: 1, _WIDE: 1, D1: 1, E1: 1}
+    return sum(int(power) * weights.get(base, 0) for base, power in x.as_powers_dict().items())
+
+
+def weight(sizes: Iterable[sympy.Expr], degree: int | None) -> int:
+    """The weight of a product of sizes."""
+    return sum(_weight(_WIDE if size == E + 1 else size, degree) for size in sizes)
+
+
+def leading(cost: sympy.Expr, degree: int | None) -> sympy.Expr:
+    """The terms of the highest power of n that weigh most."""
+    flat = per_token(cost)
+    power = token_power(flat)
+    heavy = _monomials(flat.coeff(N, power))
+    top = max((_weight(m, degree) for m in heavy), default=0)
+    chosen = sum((c * m for m, c in heavy.items() if _weight(m, degree) == top), sympy.Integer(0))
+    return sympy.expand((N**power * chosen).subs(_WIDE, E + 1))
+
+
+def write(cost: sympy.Expr, style: Style = TEXT) -> str:
+    """The cost in powers of n: ``n (12 r (e+1) + 2 r) + 2 r (e+1)``."""
+    flat = per_token(cost)
+    parts = []
+    for power in range(token_power(flat), -1, -1):
+        inner = _monomials(flat.coeff(N, power))
+        if not inner:
+            continue
+        token = N**power
+        if len(inner) == 1:
+            ((rest, number),) = inner.items()
+            parts.append(_product(number, token * rest, style))
+        else:
+            listed = _sum(inner, style)
+            parts.append(f"{_product(sympy.Integer(1), token, style)} ({listed})" if power else listed)
+    return " + ".join(parts) or "0"
+
+
+def write_leading(cost: sympy.Expr, degree: int | None, style: Style = TEXT) -> str:
+    """The leading terms, each with its n: ``8 n r (e+1)``, and whether anything is left."""
+    top = leading(cost, degree)
+    inner = _monomials(top)
+    rest = "" if sympy.expand(per_token(cost) - top) == 0 else " + …" if style is TEXT else r" + \ldots"
+    return _sum(inner, style) + rest
+
+
+def _sum(inner: Monomials, style: Style) -> str:
+    order = sorted(inner, key=lambda m: (-_weight(m, 2), str(m)))
+    text = ""
+    for m in order:
+        sign = (" - " if style.latex else " − ") if inner[m] < 0 else " + "
+        text += sign + _product(abs(inner[m]), m, style)
+    return text.removeprefix(" + ").strip()
+
+
+def _product(number: sympy.Expr, rest: sympy.Expr, style: Style) -> str:
+    powers = rest.as_powers_dict() if rest != 1 else {}
+    order = [N, CHUNK, R, R1, M, _WIDE, E, D]
+    names = [s for s in order if s in powers] + sorted((s for s in powers if s not in order), key=str)
+    parts = [style.power("(e+1)" if s == _WIDE else style.name(symbol(str(s))), int(powers[s])) for s in names]
+    head = [str(number)] if number != 1 or not parts else []
+    return (r" \, " if style is LATEX else " ").join(head + parts)
+
+
+def sizes(shape: Mapping[str, int], degree: int | None) -> dict[sympy.Symbol, int]:
+    """Numbers for the symbols: ``n_q``, ``n_k`` (or ``n``), ``d``, ``e``; for a causal site ``chunk``, for skeleton
+    features ``rank``."""
+    n_q = shape.get("n_q", shape.get("n", 0))
+    d = shape["d"]
+    found = {
+        N_Q: n_q,
+        N_K: shape.get("n_k", n_q),
+        N: n_q,
+        D: d,
+        E: shape.get("e", d),
+    }
+    ranks = {M: shape.get("rank", 512)} if degree is None else {R: rank(full(d, degree)), R1: rank(full(d, degree - 1))}
+    return found | ranks | {CHUNK: shape.get("chunk", min(next(iter(ranks.values())), n_q))}

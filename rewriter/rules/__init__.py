@@ -1,0 +1,1 @@
+"""The exact rules: each is an identity of math.md."""

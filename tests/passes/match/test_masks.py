@@ -1,0 +1,119 @@
+"""The meaning of a mask, found from its structure, equals what the mask evaluates to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from polyattn.passes.match.masks import Step, Unprovable, causal, describe, step
+
+INF = float("inf")
+N, M = 5, 7
+
+
+def trace(build: Callable[[], torch.Tensor]) -> tuple[Any, torch.Tensor]:
+    """The node that makes the mask, and its real value."""
+    gm = make_fx(lambda: build(), pre_dispatch=True, tracing_mode="fake")()
+    return gm.graph.output_node().args[0], build()
+
+
+def dense(value: Step, like: torch.Tensor) -> torch.Tensor:
+    rows, columns = like.shape[-2:]
+    table = [[float(value.at(j - i)) for j in range(columns)] for i in range(rows)]
+    return torch.tensor(table, dtype=torch.float64).expand(like.shape)
+
+
+def index(n: int) -> torch.Tensor:
+    return torch.arange(n)
+
+
+def packed() -> torch.Tensor:
+    """Causal inside sequences that begin where positions jump; these positions never do."""
+    positions = torch.arange(M)[None].expand(2, -1)
+    sequence = (torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+    batch, i, j = torch.arange(2)[:, None, None, None], torch.arange(M)[None, None, :, None], torch.arange(M)
+    same = sequence[batch, i] == sequence[batch, j[None, None, None]]
+    return same.new_ones((), dtype=torch.bool) & same & (positions[batch, j[None, None, None]] <= positions[batch, i])
+
+
+GOOD: dict[str, Callable[[], torch.Tensor]] = {
+    "ones": lambda: torch.ones(N, M),
+    "tril": lambda: torch.ones(N, M).tril(),
+    "triu_diagonal": lambda: torch.full((N, M), -INF).triu(2),
+    "tril_minus_two": lambda: torch.ones(N, M).tril(-2),
+    "band": lambda: torch.ones(N, M).tril(1).triu(-2),
+    "not": lambda: ~torch.ones(N, M, dtype=torch.bool).tril(),
+    "logical_not": lambda: torch.ones(N, M).tril().logical_not(),
+    "transposed": lambda: torch.ones(M, N).tril(1).transpose(0, 1),
+    "T": lambda: torch.ones(M, N).triu(1).T,
+    "view": lambda: torch.ones(N, M).tril().view(1, 1, N, M),
+    "unsqueeze": lambda: torch.ones(N, M).tril()[None, None],
+    "expand": lambda: torch.ones(N, M).tril().expand(2, 3, N, M),
+    "slice": lambda: torch.ones(9, 9).tril()[:N, :M],
+    "one_minus": lambda: 1 - torch.ones(N, M).tril(),
+    "times": lambda: (1.0 - torch.ones(N, M).tril()) * -1e9,
+    "where": lambda: torch.where(torch.ones(N, M).tril() == 1, 0.0, -INF),
+    "masked_fill": lambda: torch.zeros(N, M).masked_fill(torch.ones(N, M).triu(1).bool(), -INF),
+    "and": lambda: torch.ones(N, M).tril().bool() & torch.ones(N, M).triu(-1).bool(),
+    "arange_ge": lambda: index(N)[:, None] >= index(M)[None, :],
+    "arange_lt": lambda: index(N)[:, None] < index(M)[None, :],
+    "arange_ne": lambda: index(N)[:, None] != index(M)[None, :],
+    "arange_swapped": lambda: index(M) <= index(N).unsqueeze(-1),
+    "arange_shifted": lambda: index(N).view(N, 1) + 2 >= index(M),
+    "arange_difference": lambda: (index(M)[None, :] - index(N)[:, None]) > 1,
+    "arange_start": lambda: torch.arange(2, N + 2)[:, None] > index(M)[None, :],
+    "zeros_like": lambda: torch.zeros_like(torch.ones(N, M)),
+    "packed": packed,
+    "counted": lambda: torch.ones(N, dtype=torch.long).cumsum(0)[:, None] >= index(M)[None, :],
+    "indexed": lambda: (index(N) + 1)[index(N)][:, None] > index(M)[None, :],
+    "literal": lambda: torch.where(torch.ones(N, M).tril() == 1, torch.zeros(()), torch.tensor(-3.0)),
+    "integers": lambda: torch.ones(N, M, dtype=torch.long).tril() * 3,
+}
+
+
+@pytest.mark.parametrize("name", sorted(GOOD))
+def test_meaning_equals_evaluation(name: str) -> None:
+    node, value = trace(GOOD[name])
+    assert torch.equal(dense(step(node), value), value.double()), describe(step(node))
+
+
+BAD: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
+    "random": (lambda: torch.rand(N, M), "rand"),
+    "one_row": (lambda: torch.ones(1, M).tril() * torch.ones(N, M), "broadcast along"),
+    "cumsum": (lambda: torch.ones(N, M).cumsum(0), "cumsum"),
+    "diff_that_jumps": (lambda: torch.diff(index(M)[None], prepend=index(M)[None, :1] - 2) == 1, "continue the count"),
+    "indexed_from_the_end": (lambda: index(M)[index(N) - 1][:, None] > index(M)[None, :], "from the end"),
+    "sums": (lambda: (index(N)[:, None] + index(M)[None, :]) > 3, "compare query positions"),
+    "position": (lambda: index(M), "a position"),
+    "step_two": (lambda: torch.arange(0, 2 * N, 2)[:, None] >= index(M)[None, :], "count up by one"),
+    "slice_from_one": (lambda: torch.ones(9, 9).tril()[1 : N + 1, :M], "does not start at 0"),
+    "floor": (lambda: torch.ones(N, M).tril().floor(), "floor"),
+    "reshaped": (lambda: torch.ones(N, M).tril().reshape(M, N), "reshaped"),
+    "trailing_axis": (lambda: torch.ones(N, M).tril()[..., None], "trailing axis"),
+    "reversed": (lambda: torch.ones(N, M).tril().flip(0), "flip"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(BAD))
+def test_what_is_not_a_step_function_is_unprovable(name: str) -> None:
+    build, words = BAD[name]
+    node, _ = trace(build)
+    with pytest.raises(Unprovable, match=words):
+        step(node)
+
+
+def test_inputs_are_unprovable() -> None:
+    gm = make_fx(lambda mask: mask == 0, tracing_mode="fake")(torch.ones(2, 2))
+    with pytest.raises(Unprovable, match="not known when compiling"):
+        step(gm.graph.output_node().args[0])
+
+
+def test_causal_is_exactly_the_diagonal() -> None:
+    verdicts = {d: causal(step(trace(lambda d=d: torch.ones(N, M).tril(d))[0]), keep=1, drop=0) for d in (-1, 0, 1)}
+    assert verdicts == {-1: None, 0: True, 1: None}
+    assert causal(Step.constant(0.0), keep=0.0, drop=-INF) is False
+    assert causal(Step.constant(True), keep=1, drop=0) is None, "a boolean is no number"
