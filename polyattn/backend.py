@@ -157,9 +157,9 @@ def reports() -> list[Report]:
 def reset() -> None:
     """Forget all reports and all run-time state of the sites (fits, loaded ones too, audits, verdicts); compiled graphs
     stay valid."""
-    from polyattn.runtime import guard, saved_fits
+    from polyattn.runtime import registry, saved_fits
 
     with _lock:
         _reports.clear()
-    guard.reset()
+    registry.reset()
     saved_fits.reset()

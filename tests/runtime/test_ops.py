@@ -15,12 +15,12 @@ from sites import only_state
 
 import polyattn
 from polyattn import errors
-from polyattn.runtime import guard
+from polyattn.runtime import registry
 
 
 @pytest.fixture(autouse=True)
 def fresh_states() -> None:
-    guard.reset()
+    registry.reset()
 
 
 def operands(
@@ -114,7 +114,7 @@ def test_random_shapes(
     shift: bool,
     causal_stats: str,
 ) -> None:
-    guard.reset()
+    registry.reset()
     exact_rows = agree(
         {"degree": degree, "gradient": gradient, "shift": shift, "causal_stats": causal_stats},
         causal,
