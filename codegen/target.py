@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 
@@ -13,7 +14,7 @@ from polyattn.codegen.spec import KernelSpec
 from polyattn.codegen.tables import Scalars
 from polyattn.codegen.triton import target as triton_target
 from polyattn.errors import ScheduleError
-from polyattn.rewriter.families.polynomial.monomials import Basis
+from polyattn.rewriter.algebra.monomials import Basis
 
 MAX_GRID = 65535
 """Programs along the second axis of a CUDA grid."""
@@ -67,3 +68,14 @@ def sources(spec: KernelSpec) -> dict[str, str]:
         except ScheduleError as error:
             made[name] = f"# no code for this target: {error}"
     return made
+
+
+class _DeviceRules(NamedTuple):
+    chunk_length: Callable[[int], int]
+
+
+def for_device(device: str) -> _DeviceRules:
+    """What a device's target chooses; ``device`` is a type such as ``cpu``."""
+    if device == "cpu":
+        return _DeviceRules(lambda below: min(256, max(128, below // 4)))
+    return _DeviceRules(lambda below: min(512, max(64, below)))

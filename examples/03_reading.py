@@ -25,7 +25,7 @@ from rich.table import Table
 
 import polyattn
 from polyattn.passes.derive import inspection
-from polyattn.rewriter.families.polynomial.monomials import full, rank
+from polyattn.rewriter.algebra.monomials import full, rank
 
 RULES: Mapping[str, str] = {
     "lift": "the traced aten graph becomes index notation: sums over products of factors with shared indices",

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from polyattn.passes.derive.derive import derive
 from polyattn.passes.derive.kernels import kernels
 from polyattn.rewriter.algebra.expr import N_K, N_Q, R1, D, E, N, R
-from polyattn.rewriter.families.polynomial.monomials import full, rank
+from polyattn.rewriter.algebra.monomials import full, rank
 from polyattn.rewriter.planning.order import plan
 from polyattn.rewriter.planning.plan import walk
 

@@ -25,7 +25,7 @@ from paper_model import Config, Model
 import polyattn
 from polyattn.passes.derive.kernels import exact_cost, kernels
 from polyattn.rewriter.algebra.expr import N_K, N_Q, R1, D, E, R
-from polyattn.rewriter.families.polynomial.monomials import full, rank
+from polyattn.rewriter.algebra.monomials import full, rank
 
 Tick = Callable[[str], None]
 """Called after every piece of work, with a word about it."""

@@ -12,12 +12,12 @@ import sympy
 import torch
 
 from polyattn.codegen import tables
-from polyattn.codegen.spec import FEATURES, MARKS, QUERY_SIDE, KernelSpec
+from polyattn.codegen.spec import FEATURES, QUERY_SIDE, KernelSpec
 from polyattn.codegen.tables import Scalars
 from polyattn.codegen.triton.emit import letters, rank_name
 from polyattn.codegen.triton.kernels import CONSTANTS, Launch, Writer
 from polyattn.errors import ScheduleError
-from polyattn.rewriter.families.polynomial import monomials
+from polyattn.rewriter.algebra import monomials
 
 BLOCK_TOKENS, BLOCK_RANK = 32, 32
 """Tokens and features per tile; any power of two from 16 on."""
@@ -36,6 +36,16 @@ class Emitted:
     degree: int
 
 
+def unsupported(spec: KernelSpec) -> str | None:
+    """Why there is no Triton code for a specification; None where there is."""
+    nodes = [n for loop in spec.loops for n in (*loop.tiles, *loop.accumulate)]
+    if spec.rule is not None and any(kind.feature for n in nodes for kind in n.axes):
+        return f"{spec.rule.title} have no Triton code yet"
+    if spec.elsewhere:
+        return "an exact band without a mask has no Triton code yet"
+    return None
+
+
 @functools.cache
 def emit(spec: KernelSpec) -> Emitted:
     """The Triton file of a specification: one kernel per loop's states and outputs, and ``run``, which launches them.
@@ -43,10 +53,9 @@ def emit(spec: KernelSpec) -> Emitted:
     Raises:
         ScheduleError: a node of the plan has no Triton code; the message says which.
     """
-    if any(kind.letter in MARKS for loop in spec.loops for n in (*loop.tiles, *loop.accumulate) for kind in n.axes):
-        raise ScheduleError("skeleton features have no Triton code yet")
-    if spec.mask == "band":
-        raise ScheduleError("an exact band without a mask has no Triton code yet")
+    reason = unsupported(spec)
+    if reason is not None:
+        raise ScheduleError(reason)
     writer = Writer(spec)
     writer.write()
     for name, n in spec.states:
@@ -58,8 +67,7 @@ def emit(spec: KernelSpec) -> Emitted:
 
 
 def _header(spec: KernelSpec, writer: Writer) -> str:
-    mask = "under a causal mask, in chunks" if spec.chunked else "without a mask"
-    lines = [f'"""{spec.name} of low-rank attention, degree {writer.degree}, {mask}.', ""]
+    lines = [f'"""{spec.name} of low-rank attention, degree {writer.degree}, {spec.mask.title}.', ""]
     weights = ", B [heads, n_k]" if "B" in spec.inputs else ""
     lines.append(
         f"Inputs: Q, G, O [heads, groups, n_q, d or e], D [heads, groups, n_q], K, V [heads, n_k, d or e]{weights}."

@@ -9,7 +9,7 @@ from torch import fx
 
 from polyattn.codegen.evaluate import Evaluation, block_length
 from polyattn.passes.derive.kernels import kernels
-from polyattn.rewriter.families.polynomial.monomials import full, rank
+from polyattn.rewriter.algebra.monomials import full, rank
 from polyattn.rewriter.families.polynomial.rule import Approximation
 from polyattn.runtime.centring import move
 

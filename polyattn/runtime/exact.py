@@ -24,9 +24,12 @@ class Softmax(Protocol):
     """What exact attention depends on beside its tensors; a :class:`polyattn.site_plan.SitePlan` is one."""
 
     @property
-    def scale(self) -> float: ...
+    def scale(self) -> float:
+        """Factor of the logits."""
+
     @property
-    def mask(self) -> Mask: ...
+    def mask(self) -> Mask:
+        """Which keys a query sees."""
 
 
 class ExactSoftmax(NamedTuple):

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Kind:
-    """A sort of axis: its letter, its symbolic size, and whether it runs over tokens."""
+    """A sort of axis: its letter, its symbolic size, and whether it runs over tokens, or over features of a rule."""
 
     letter: str
     size: sympy.Expr
     token: bool = False
+    feature: bool = field(default=False, compare=False)
 
     def __repr__(self) -> str:
         return f"{self.letter}:{self.size}"
@@ -43,6 +44,8 @@ N_Q, N_K, D, E, R, R1, CHUNK = sympy.symbols("n_q n_k d e r r' C", positive=True
 D1, E1 = sympy.symbols("d' e'", positive=True)
 """Directions of queries and keys, and of values (rewriter/rules/project.py)."""
 N = sympy.Symbol("n", positive=True)
+RANK_LETTERS = "αβγδε"
+"""Axes of monomials by degree, from the top."""
 QUERY = Kind("i", N_Q, token=True)
 KEY = Kind("j", N_K, token=True)
 TOKEN = Kind("t", N, token=True)

@@ -15,7 +15,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import sympy
 import torch
 
-from polyattn.rewriter.families.polynomial.monomials import Basis, full
+from polyattn.rewriter.algebra.monomials import Basis, full
 from polyattn.rewriter.masks.mask import Mask
 from polyattn.rewriter.rules.rule import ApproximateRule
 

@@ -14,8 +14,9 @@ from dataclasses import replace
 from polyattn.errors import RewriteError
 from polyattn.rewriter.algebra import expr as ir
 from polyattn.rewriter.algebra.expr import Def, Expr, Factor, Leaf, Program, Term
+from polyattn.rewriter.algebra.programs import prune
 from polyattn.rewriter.algebra.tensor import DIRECTION, KEY, QUERY
-from polyattn.rewriter.rules.exact import prune
+from polyattn.rewriter.rules.rule import Rule
 
 QP, KP = Leaf("QP", (QUERY, DIRECTION)), Leaf("KP", (KEY, DIRECTION))
 """Queries and keys in coordinates."""
@@ -52,3 +53,12 @@ def _written_out(x: Expr) -> Expr:
             break
         x = ir.scale(factor.tensor.expr, x.terms[0].coefficient)
     return x
+
+
+PROJECT = Rule(
+    "project",
+    "dQ U = dS K U → dS (K U);  dK W = dSᵀ Q W → dSᵀ (Q W)",
+    "math.md §2, the factor d of the substituted gradient",
+    "dQ U = dS (K U) and dK W = dSᵀ (Q W): a few directions of keys and queries (§2)",
+    project,
+)

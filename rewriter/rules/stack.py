@@ -33,7 +33,8 @@ from polyattn.rewriter.algebra.expr import (
     avoid,
     collect,
 )
-from polyattn.rewriter.rules.exact import is_pair
+from polyattn.rewriter.algebra.programs import is_pair
+from polyattn.rewriter.rules.rule import Rule
 
 ONE = sympy.Integer(1)
 
@@ -41,6 +42,15 @@ ONE = sympy.Integer(1)
 def stack(program: Program) -> Program:
     """Apply the forms of the rule wherever they fit."""
     return _widen(_inside(_across(_write_out(program))))
+
+
+STACK = Rule(
+    "stack",
+    "X ∘ (G Vᵀ) − X ∘ (δ 1ᵀ) → X ∘ ([G, −δ] [V, 1]ᵀ);  A V, A 1 → A [V, 1]",
+    "math.md §1, compact form",
+    "X ∘ (G Vᵀ) − X ∘ (δ 1ᵀ) = X ∘ ([G, −δ] [V, 1]ᵀ); A V and A 1 are columns of A [V, 1] (§1)",
+    stack,
+)
 
 
 def _write_out(program: Program) -> Program:

@@ -25,8 +25,8 @@ from polyattn.codegen.schedule import schedule
 from polyattn.codegen.spec import KernelSpec
 from polyattn.errors import ScheduleError
 from polyattn.passes.derive.kernels import kernels
+from polyattn.rewriter.algebra import monomials
 from polyattn.rewriter.algebra.expr import HEAD, KEY
-from polyattn.rewriter.families.polynomial import monomials
 from polyattn.rewriter.families.polynomial.rule import Approximation
 from polyattn.rewriter.planning.plan import node
 

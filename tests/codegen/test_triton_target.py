@@ -22,7 +22,7 @@ from polyattn.codegen.spec import KernelSpec
 from polyattn.codegen.tables import Scalars
 from polyattn.codegen.triton import target as triton_target
 from polyattn.passes.derive.kernels import kernels
-from polyattn.rewriter.families.polynomial import monomials
+from polyattn.rewriter.algebra import monomials
 from polyattn.rewriter.families.polynomial.rule import Approximation
 
 triton = pytest.importorskip("triton")

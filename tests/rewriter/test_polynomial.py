@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polyattn.rewriter.algebra import monomials
 from polyattn.rewriter.families.polynomial import coefficients as polynomial
-from polyattn.rewriter.families.polynomial import monomials
 from polyattn.rewriter.families.polynomial.coefficients import Sample, minimax
 
 TABLE = {

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sites import Model, only_state
 
 import polyattn
-from polyattn.rewriter.families.polynomial import monomials
+from polyattn.rewriter.algebra import monomials
 from polyattn.runtime import registry
 
 LOW: dict[str, Any] = {"policy": "low_rank", "audit_rows": 0}

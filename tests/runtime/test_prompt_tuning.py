@@ -12,7 +12,7 @@ from dense import dense_polynomial
 from torch import nn
 
 from polyattn.rewriter.algebra import expr as ir
-from polyattn.rewriter.families.polynomial.monomials import full, rank
+from polyattn.rewriter.algebra.monomials import full, rank
 from polyattn.runtime import execute
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")

@@ -20,8 +20,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from polyattn.rewriter.families.polynomial import monomials
-from polyattn.rewriter.families.polynomial.monomials import Basis, taylor
+from polyattn.rewriter.algebra import monomials
+from polyattn.rewriter.algebra.monomials import Basis, taylor
 from polyattn.rewriter.masks.mask import NONE, Mask
 from polyattn.rewriter.masks.pairs import Pairs
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import sympy
 import torch
 
+from polyattn.rewriter.algebra.monomials import Basis, full, rank
 from polyattn.rewriter.algebra.tensor import R1, R
 from polyattn.rewriter.families.family import Bound, ChangeOfBasis, FamilyOptions, FeatureFamily, Fit, Problem, Sample
 from polyattn.rewriter.families.polynomial import coefficients as fitting
-from polyattn.rewriter.families.polynomial.monomials import Basis, full, rank
 from polyattn.rewriter.families.polynomial.rule import PolynomialRule
 
 MAX_DEGREE = 4

@@ -9,46 +9,85 @@ finds, and their cost is what the plan counts.  Under a causal mask the near fie
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import sympy
 
 from polyattn.errors import RewriteError
 from polyattn.rewriter.algebra import expr as ir
-from polyattn.rewriter.algebra.expr import HEAD, Def, Expr, Factor, Indicator, Kind, Leaf, Map, Program, Term
-from polyattn.rewriter.rules.exact import prune
+from polyattn.rewriter.algebra.expr import CHUNK, HEAD, Def, Expr, Factor, Indicator, Kind, Leaf, Map, Program, Term
+from polyattn.rewriter.algebra.programs import prune
+from polyattn.rewriter.rules.absorb import ABSORB
+from polyattn.rewriter.rules.rule import ApproximateRule, Rule
 
 M = sympy.Symbol("m", positive=True)
 """Number of landmarks on each side."""
-OF_KEYS, OF_QUERIES = Kind("ρ", M), Kind("σ", M)
+OF_KEYS, OF_QUERIES = Kind("ρ", M, feature=True), Kind("σ", M, feature=True)
 LK, LQ = Leaf("LK", (OF_KEYS, HEAD)), Leaf("LQ", (OF_QUERIES, HEAD))
 CORE = Leaf("Z", (OF_KEYS, OF_QUERIES))
 
 
 @dataclass(frozen=True)
-class Skeleton:
+class SkeletonRule(ApproximateRule):
     """exp(S) → Φ Z Rᵀ for a score S = s U Wᵀ."""
 
-    @property
-    def text(self) -> str:
-        return "exp(s Q Kᵀ) → exp(s Q κᵀ) Z exp(s K λᵀ)ᵀ"
+    formula = "exp(s Q Kᵀ) → exp(s Q κᵀ) Z exp(s K λᵀ)ᵀ"
+    source = "math.md §2, exponential (skeleton) features: CUR, generalised Nyström"
+    domain = "queries and keys like those that landmarks and core were fitted to"
+    bound = "measured on rows that the fit did not see: Σ_j |P̃_ij − P_ij|"
 
     @property
-    def coefficients(self) -> tuple[sympy.Symbol, ...]:
-        """Symbols that the rule brings into a program: none."""
-        return ()
+    def title(self) -> str:
+        """See :attr:`ApproximateRule.title`."""
+        return "skeleton features"
+
+    @property
+    def note(self) -> str:
+        """See :attr:`ApproximateRule.note`."""
+        return f"{self.formula}; the one step that is no identity (§4)"
+
+    @property
+    def features_note(self) -> str:
+        """See :attr:`ApproximateRule.features_note`."""
+        return "LK and LQ are m landmarks of keys and of queries, Z is the core; all are constants."
+
+    @property
+    def inputs_note(self) -> str:
+        """See :attr:`ApproximateRule.inputs_note`."""
+        return "Landmarks LK of keys and LQ of queries [H, m, d], core Z [H, m, m]."
 
     @property
     def inputs(self) -> tuple[Leaf, ...]:
-        """What the rule brings into a program: landmarks and core."""
+        """Landmarks of keys and of queries, and the core."""
         return LK, LQ, CORE
 
-    def apply(self, program: Program) -> Program:
-        """Replace exp of a score everywhere except in the near field.
+    @property
+    def rank(self) -> sympy.Symbol:
+        """See :attr:`ApproximateRule.rank`."""
+        return M
 
-        Raises:
-            RewriteError: a score that is not one product of a row tensor and a column tensor.
-        """
+    @property
+    def growth(self) -> Mapping[sympy.Symbol, int]:
+        """Landmarks, which have no degree, and chunks count like d²."""
+        return {M: 2, CHUNK: 2}
+
+    def ranks(self, shape: Mapping[str, int]) -> dict[sympy.Symbol, int]:
+        """See :meth:`ApproximateRule.ranks`."""
+        return {M: shape.get("rank", 512)}
+
+    @property
+    def then(self) -> tuple[Rule, ...]:
+        """See :attr:`ApproximateRule.then`."""
+        return (ABSORB,)
+
+    @property
+    def after_differentiation(self) -> tuple[Rule, ...]:
+        """Sums over tokens that have an axis of landmarks are written out."""
+        return (INLINE_LANDMARKS,)
+
+    def rewrite(self, program: Program) -> Program:
+        """See :meth:`ApproximateRule.rewrite`."""
         made: dict[str, Def] = {}
 
         def features(side: Factor, coefficient: sympy.Expr, marks: Leaf) -> Def:
@@ -89,7 +128,7 @@ class Skeleton:
         return Program((*made.values(), *program.defs), program.outputs)
 
 
-def inline(program: Program) -> Program:
+def _inline(program: Program) -> Program:
     """``inline``: sums over tokens that still have an axis of landmarks are written out where they are used.
 
     What tracing names on the way of a gradient, Σ_j R[j,σ] V[j,b] and the like, then stands in one product again, which
@@ -104,6 +143,15 @@ def inline(program: Program) -> Program:
         return tensor.expr if sums else None
 
     return prune(program.rewrite(lambda x: ir.map_factors(x, change)))
+
+
+INLINE_LANDMARKS = Rule(
+    "inline",
+    "N[j,b] = Σ_j R[j,σ] V[j,b];  x N → x Σ_j R[j,σ] V[j,b]",
+    "math.md §2",
+    "so are sums over tokens that have an axis of landmarks",
+    _inline,
+)
 
 
 def _near(term: Term) -> bool:

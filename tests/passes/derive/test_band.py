@@ -15,7 +15,7 @@ from polyattn.errors import ScheduleError
 from polyattn.passes.derive.inspection import derivation
 from polyattn.passes.derive.kernels import kernels
 from polyattn.rewriter.algebra.expr import CHUNK, N_K, N_Q, N
-from polyattn.rewriter.families.polynomial.monomials import full
+from polyattn.rewriter.algebra.monomials import full
 from polyattn.rewriter.families.polynomial.rule import Approximation
 
 S = 0.3
