@@ -6,12 +6,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyattn.options import Options
 from polyattn.passes.match.site import Refusal, Site
+from polyattn.report import plots, text
 
 if TYPE_CHECKING:
     import torch.fx as fx
@@ -185,7 +185,8 @@ class SiteReport:
 
     @property
     def shape_text(self) -> str:
-        return " ".join(f"{name}={size}" for name, size in self.shape.items())
+        """The same in one line."""
+        return text.shape_text(self.shape)
 
     @property
     def derivation(self) -> str:
@@ -295,20 +296,14 @@ class SiteReport:
         Raises:
             PolyattnError: there are no samples, or matplotlib is not installed; the message says what to install.
         """
-        from polyattn.report import plots
-
         return plots.draw(self.samples, f"{self.where}: {self.spelling}", self.tolerance, path)
 
     def sketch(self) -> str:
         """The samples as histograms in plain text; empty without samples."""
-        from polyattn.report import plots
-
         return plots.sketch(self.samples, self.tolerance)
 
     def __str__(self) -> str:
-        from polyattn.report.text import site_text
-
-        return site_text(self)
+        return text.site_text(self)
 
 
 _STATE_FIELDS = (
@@ -384,30 +379,14 @@ class Report:
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write a self-contained page: the report, with derivations and kernels to unfold, and with the figures of
         samples where matplotlib is installed."""
-        from polyattn.report.text import render
+        from polyattn.report import html
 
         with open(path, "w", encoding="utf-8") as file:
-            file.write(render(self))
+            file.write(html.page(self))
 
     def summary(self) -> str:
-        """One line."""
-        verdicts = [site.verdict for site in self.sites]
-        counts = [
-            f"{verdicts.count(v)} {v.replace('_', ' ')}" for v in ("low_rank", "exact", "undecided") if v in verdicts
-        ]
-        graphs = "1 graph" if self.graphs == 1 else f"{self.graphs} graphs"
-        sites = f"{len(self.sites)} attention site{'' if len(self.sites) == 1 else 's'}"
-        refused = f", {len(self.refusals)} refused" if self.refusals else ""
-        return f"polyattn: {sites}{' (' + ', '.join(counts) + ')' if counts else ''}{refused} in {graphs}"
+        """Say in one line how many sites there are and what became of them."""
+        return text.summary(self)
 
     def __str__(self) -> str:
-        parts = [self.summary()]
-        if self.failure:
-            parts.append(f"FAILED, the model runs unchanged: {self.failure}")
-        for number, site in enumerate(self.sites, start=1):
-            parts.append(textwrap.indent(str(site), "    ").replace("    ", f"{number:>3} ", 1))
-        for refusal in self.refusals:
-            parts.append(f"  - {refusal.where}\n      REFUSED, left as it was: {refusal.reason}  [{refusal.node}]")
-        if not self.sites and not self.refusals and not self.failure:
-            parts.append("  no softmax here feeds a product: there is no attention to rewrite")
-        return "\n".join(parts)
+        return text.report_text(self)
