@@ -8,14 +8,17 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from polyattn.report import plots
+from polyattn.report.reading import outlier_keys_of, rank_of
 from polyattn.report.views import ReportView, SiteView
+from polyattn.rewriter.masks.mask import LOCAL_WINDOW
 
 if TYPE_CHECKING:
-    from polyattn.runtime.guard import SiteState
+    from polyattn.rewriter.families.family import Fit
+    from polyattn.runtime.state import Counters, SiteState
 
 WIDTH = 110
 """Characters of a line, after which it is wrapped."""
-CENTRED = {"none": "", "call": ", centred", "first_chunk": ", centred on the first chunk"}
+CENTRED = {"none": [], "call": ["centred"], "first_chunk": ["centred on the first chunk"]}
 """What a line says of queries and keys, by the tokens that their means are taken of."""
 
 
@@ -70,56 +73,60 @@ def _wrapped(text: str, indent: int) -> list[str]:
 
 
 def _state_lines(state: SiteState, tolerance: float, label: str) -> list[str]:
+    decision, audit = state.decision, state.audit
     head = f"{label}{state.verdict.upper().replace('_', ' ')}"
-    if state.verdict == "low_rank":
-        family = "skeleton (CUR) features" if state.degree is None else f"degree {state.degree}"
-        family += f", coefficients by {state.polynomial.replace('_', ' ')}" if state.polynomial != "taylor" else ""
-        family += f", nested {state.widths}" if state.widths else ""
-        head += f", {family}, rank {state.rank}, {state.gradient} gradient"
-        head += f", values on {state.few.values} directions" if state.few.values else ""
-        head += f", queries and keys on {state.few.keys} directions" if state.few.keys else ""
-        head += CENTRED[state.shift]
-        head += f", local window (keys up to {state.chunk} tokens away exact)" if state.band else ""
-        head += f", {state.heavy} outlier keys exact" if state.heavy else ""
-    lines = _wrapped(f"{head}: {state.reason}", 2)
-    if state.flops_before:
-        lines.append(f"    FLOPs {_count(state.flops_before)} → {_count(state.flops_after)}{_ratio(state)}")
-    if state.error is not None:
-        worst = f" (worst {state.worst_error:.2e})" if state.audits > 1 else ""
-        relative = f", relative {state.relative_error:.2e}" if state.relative_error is not None else ""
-        lines.append(f"    error of the last audit {state.error:.2e}{worst} of {tolerance:g} allowed{relative}")
-    if state.fit_error and state.verdict == "low_rank":
-        lines.append(f"    {_fit(state)}")
+    head += f", {_method(state)}" if state.low_rank else ""
+    lines = _wrapped(f"{head}: {decision.reason}", 2)
+    if decision.flops_before:
+        lines.append(f"    FLOPs {_count(decision.flops_before)} → {_count(decision.flops_after)}{_ratio(state)}")
+    if audit.error is not None:
+        worst = f" (worst {audit.worst_error:.2e})" if state.counters.audits > 1 else ""
+        relative = f", relative {audit.relative_error:.2e}" if audit.relative_error is not None else ""
+        lines.append(f"    error of the last audit {audit.error:.2e}{worst} of {tolerance:g} allowed{relative}")
+    if state.low_rank and state.fit is not None and state.fit.error:
+        lines.append(f"    {_fit(state.fit, state.counters)}")
     lines.append(f"    guarantee: {_guarantee(state)}")
     return lines
 
 
-def _fit(state: SiteState) -> str:
+def _method(state: SiteState) -> str:
+    """How a low-rank state computes, in words."""
+    plan = state.plan
+    parts = [plan.family.describe(state.fit), f"rank {rank_of(state)}", f"{plan.gradient} gradient"]
+    parts += [f"values on {plan.projection.values} directions"] if plan.projection.values else []
+    parts += [f"queries and keys on {plan.projection.keys} directions"] if plan.projection.keys else []
+    parts += CENTRED[plan.centring]
+    parts += [f"local window (keys up to {plan.chunk} tokens away exact)"] if plan.mask == LOCAL_WINDOW else []
+    parts += [f"{outlier_keys_of(state)} outlier keys exact"] if plan.outliers else []
+    return ", ".join(parts)
+
+
+def _fit(fit: Fit, counters: Counters) -> str:
     """What is known of a fit: how far rows are off that it did not see, and to which queries it was made."""
-    errors = state.fit_error
-    assert state.fit is not None
-    made = "loaded" if state.fit.call is None else f"fitted at call {state.fit.call}"
-    made += f", {state.fits} times in all" if state.fits > 1 else ""
+    errors, radius = fit.error, fit.radius
+    made = "loaded" if fit.call is None else f"fitted at call {fit.call}"
+    made += f", {counters.fits} times in all" if counters.fits > 1 else ""
     text = f"{made}: a row's weights off by {sum(errors) / len(errors):.2g} in sum"
     text += f" (worst head {max(errors):.2g})" if len(errors) > 1 else ""
-    if state.radius is not None:
-        text += f"; queries to a norm of {float(state.radius.min()):.3g}"
-        text += f" to {float(state.radius.max()):.3g}" if len(errors) > 1 else ""
-    return text + (f"; {state.exact_rows} rows exact so far" if state.exact_rows else "")
+    if radius is not None:
+        text += f"; queries to a norm of {float(radius.min()):.3g}"
+        text += f" to {float(radius.max()):.3g}" if len(errors) > 1 else ""
+    return text + (f"; {counters.exact_rows} rows exact so far" if counters.exact_rows else "")
 
 
 def _guarantee(state: SiteState) -> str:
-    if state.guarantee == "audited":
-        times = "once" if state.audits == 1 else f"{state.audits} times"
-        return f"audited {times}, last at call {state.audited_call} of {state.calls}; it does not bound every row"
-    return str(state.guarantee)
+    if state.guarantee != "audited":
+        return state.guarantee
+    counters = state.counters
+    times = "once" if counters.audits == 1 else f"{counters.audits} times"
+    return f"audited {times}, last at call {counters.audited_call} of {counters.calls}; it does not bound every row"
 
 
 def _ratio(state: SiteState) -> str:
-    if state.flops_after <= 0 or state.verdict == "exact":
+    before, after = state.decision.flops_before, state.decision.flops_after
+    if after <= 0 or not state.low_rank:
         return ""
-    ratio = state.flops_before / state.flops_after
-    return f" ({ratio:.3g}x fewer)" if ratio >= 1 else f" ({1 / ratio:.3g}x more)"
+    return f" ({before / after:.3g}x fewer)" if before >= after else f" ({after / before:.3g}x more)"
 
 
 def _count(flops: float) -> str:
