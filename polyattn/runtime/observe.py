@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from polyattn.rewriter.families.family import Fit
 from polyattn.rewriter.masks.mask import Mask
 from polyattn.runtime.registry import Entry
 from polyattn.site_plan import SitePlan
@@ -26,9 +27,12 @@ class Observer(Protocol):
         tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         out: torch.Tensor,
         plan: SitePlan | None,
-        fitted: torch.Tensor | None,
+        fit: Fit | None,
     ) -> None:
-        """A call of a site: q, k, v, its output, and how it was computed; a plan of None is exact attention."""
+        """A call of a site: q, k, v, its output, and how it was computed; a plan of None is exact attention.
+
+        The fit is what the features of its heads were; None where nothing is fitted.
+        """
 
     def backward(
         self, g: torch.Tensor, tensors: Sequence[torch.Tensor], mask: Mask, gradients: Sequence[torch.Tensor | None]

@@ -127,7 +127,7 @@ def _attention(
             stat = made.denominators.reshape(q.shape[:-1])
         for observer in observers():
             used = None if made is None else plan
-            observer.forward(entry, (q, k, v), out, used, None if fit is None else fit.values)
+            observer.forward(entry, (q, k, v), out, used, fit)
         return out, stat, fitted, torch.tensor([intern(plan) if made is not None else EXACT])
 
 

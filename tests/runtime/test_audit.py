@@ -187,7 +187,7 @@ def test_the_report_of_one_audit() -> None:
 
 
 def test_the_report_shows_the_layer_whose_error_is_nan() -> None:
-    from polyattn.report.model import _badness
+    from polyattn.report.reading import badness
 
     attend(policy="low_rank")
     good = state()
@@ -196,7 +196,7 @@ def test_the_report_shows_the_layer_whose_error_is_nan() -> None:
     bad = state()
     bad.change(audit=dataclasses.replace(bad.now.audit, error=math.nan))
     states = [bad.now, good.now]
-    assert max(states, key=_badness) is max(states[::-1], key=_badness) is states[0]
+    assert max(states, key=badness) is max(states[::-1], key=badness) is states[0]
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, True])

@@ -187,8 +187,8 @@ def test_through_a_compiled_model_and_in_the_report() -> None:
     state = only_state()
     assert state.plan.outliers.total == 4
     site = polyattn.reports()[-1].sites[0]
-    assert "4 heavy keys exact" in str(site)
-    assert site.to_dict()["states"][0]["heavy"] == 4
+    assert "4 outlier keys exact" in str(site)
+    assert site.to_dict()["states"][0]["outlier_keys"] == 4
     assert site.forward_graph is None
     assert "B[j]" in site.derivation or "diag(B)" in site.derivation
     plain = dataclasses.replace(state.plan, outliers=OutlierKeys())

@@ -206,4 +206,4 @@ def test_the_report_says_so_and_derives_it() -> None:
     assert "projected gradient, values on 3 directions, queries and keys on 4 directions" in " ".join(str(site).split())
     assert "project" in site.derivation
     assert "dQ" in site.kernels["backward.cpu"]
-    assert site.to_dict()["states"][0]["few"] == (3, 4)
+    assert site.to_dict()["states"][0]["projection"] == (3, 4)

@@ -145,13 +145,13 @@ def test_a_compiled_model_trains_through_it(inner: str, monkeypatch: pytest.Monk
     got = model.project.weight.grad.clone()
     (site,) = polyattn.reports()[0].sites
     assert (site.verdict, site.features, site.rank, site.degree) == ("low_rank", "skeleton", M, None)
-    assert "skeleton features, rank 24" in str(site)
+    assert "skeleton (CUR) features, rank 24" in str(site)
     assert "; queries to a norm of " in str(site)
     assert "skeleton features" in site.derivation
     assert "skeleton features" in site.kernels["forward.cpu"]
     (state,) = site.states
-    marks = state.fitted
-    assert marks is not None
+    assert state.fit is not None
+    marks = state.fit.values
     model.zero_grad()
     with monkeypatch.context() as patch:
         patch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: dense_skeleton(q, k, v, marks, False))

@@ -91,6 +91,10 @@ class Skeleton(FeatureFamily):
         of_keys, of_queries, core = packed[..., :d], packed[..., d : 2 * d], packed[..., 2 * d :]
         return Bound({"LK": of_keys, "LQ": of_queries, "Z": core.contiguous()})
 
+    def describe(self, fit: Fit | None = None) -> str:
+        """See :meth:`FeatureFamily.describe`."""
+        return "skeleton (CUR) features"
+
     def dense(self, q: torch.Tensor, k: torch.Tensor, scale: float, packed: torch.Tensor | None) -> torch.Tensor:
         """See :meth:`FeatureFamily.dense`."""
         bound = self.bind(packed, q.shape[-1]).inputs
