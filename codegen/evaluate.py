@@ -94,7 +94,7 @@ class Evaluation(Operations):
                 self.states[state] = value
 
     def _parts(self, loop: Loop, starts: range) -> None:
-        """With a local window: what each chunk adds to a state, of which :meth:`_elsewhere` adds up those of far chunks."""
+        """What each chunk adds to a state, of which :meth:`_elsewhere` adds up those of far chunks."""
         self.own = None
         for start in starts:
             tiles: dict[Node, torch.Tensor] = {}

@@ -2,7 +2,7 @@
 
 Without a mask every sum over tokens is a state that is complete when its loop ends, so that loops form stages.  Under
 a causal mask chunks are walked in order (running sums before a query's chunk) or in reverse (after a key's chunk).
-With a local window a first loop leaves the sum of every chunk, and a second one takes those of the chunks that are not near.
+With a local window a first loop leaves the sum of every chunk, and a second one takes those of far chunks.
 Tiles are computed again in every loop that needs them; nothing with a feature axis ever leaves a loop.
 """
 

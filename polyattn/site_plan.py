@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -118,7 +119,7 @@ class SitePlan:
         """Specifications of forward and backward, derived once per form, rule and gradient."""
         return kernels(self.form, self.family.rule, self.gradient)
 
-    def sizes(self, shape: dict[str, int]) -> dict[sympy.Symbol, int]:
+    def sizes(self, shape: Mapping[str, int]) -> dict[sympy.Symbol, int]:
         """Numbers for the symbols of costs per key head; grouped queries count as further rows.
 
         Args:
