@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import sympy
+import torch
 
-from polyattn.codegen import target
+from polyattn.codegen import targets
 from polyattn.options import Options
 from polyattn.passes.derive.forms import Form, softmax
 from polyattn.passes.derive.kernels import Kernels, kernels
@@ -83,7 +84,7 @@ class SitePlan:
         if mask is LOCAL_WINDOW:
             chunk = options.local_window or 0
         elif mask is CAUSAL:
-            chunk = options.causal_chunk or family.chunk_length(d, target.for_device(device).chunk_length)
+            chunk = options.causal_chunk or family.chunk_length(d, targets.of_device(torch.device(device)).chunk_length)
         centring: Centring = "none" if not options.centring else options.causal_stats if causal else "call"
         gradient: Gradient = "consistent"
         if options.gradient == "substituted":
