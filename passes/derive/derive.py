@@ -1,24 +1,93 @@
-"""Derive: form → exact program → low-rank programs (both backwards), cached once per form, degree and gradient."""
+"""Derive: a visible list of rules, from a form to low-rank programs (both backwards), and the programs after them.
+
+Lift and differentiate are the steps of tracing: their right side is what torch's autograd says.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import sympy
-import torch
-
-from polyattn.passes.derive.forms import Form, Function
-from polyattn.passes.derive.lift import Lifter, kinds_by_size, trace
-from polyattn.rewriter.algebra.expr import Indicator, Program, Tensor
-from polyattn.rewriter.algebra.interpret import Interpreter
+from polyattn.passes.derive.forms import Form
+from polyattn.passes.derive.tracing import Differentiate, Lift
+from polyattn.rewriter.algebra.expr import Kind, Program
 from polyattn.rewriter.rules.inline import INLINE
 from polyattn.rewriter.rules.project import PROJECT
 from polyattn.rewriter.rules.reuse import REUSE
 from polyattn.rewriter.rules.rule import ApproximateRule, Rule
-from polyattn.rewriter.rules.split import split_rule
+from polyattn.rewriter.rules.split import Split
 from polyattn.rewriter.rules.stack import STACK
+
+
+@dataclass(frozen=True)
+class Together(Rule):
+    """Rules that a log shows as one step, under the first one's name and note."""
+
+    rules: tuple[Rule, ...]
+
+    @property
+    def name(self) -> str:
+        """The first rule's."""
+        return self.rules[0].name
+
+    @property
+    def formula(self) -> str:
+        """Those of all rules."""
+        return ";  ".join(rule.formula for rule in self.rules)
+
+    @property
+    def source(self) -> str:
+        """The first rule's."""
+        return self.rules[0].source
+
+    @property
+    def note(self) -> str:
+        """The first rule's."""
+        return self.rules[0].note
+
+    def check(self, program: Program) -> str | None:
+        """The first rule's: the others are checked when their turn comes."""
+        return self.rules[0].check(program)
+
+    def axes(self, program: Program) -> Mapping[str, tuple[Kind, ...]]:
+        """Those that the first rule declares: what follows it is an identity."""
+        return self.rules[0].axes(program)
+
+    def rewrite(self, program: Program) -> Program:
+        """One rule after the other, each with its own checks."""
+        for rule in self.rules:
+            program = rule.apply(program)
+        return program
+
+
+def lifting(form: Form, backward: bool = True) -> tuple[Rule, ...]:
+    """The form, with or without its autograd graph, in the algebra; nothing approximated."""
+    return (Together((Lift(form, backward), INLINE, REUSE)),)
+
+
+def pipeline(form: Form, rule: ApproximateRule, gradient: str) -> tuple[Rule, ...]:
+    """The rules of a derivation, in order; the first one makes a program from nothing.
+
+    Args:
+        rule: what stands in place of exp.
+        gradient: ``substituted`` puts the features into the exact autograd graph (math.md §2a); ``consistent`` traces
+            the vjp of the substituted forward (§2b); ``projected`` is substituted, with dQ and dK in coordinates of a
+            few directions.
+    """
+    split = (Split(form.mask),) if form.mask.chunked else ()
+    if gradient == "consistent":
+        return (
+            *lifting(form, backward=False),
+            *split,
+            rule,
+            Differentiate(form, rule.inputs, rule.scalars),
+            Together((INLINE, REUSE)),
+            *rule.then(gradient),
+            STACK,
+        )
+    project = (PROJECT,) if gradient == "projected" else ()
+    return (*lifting(form), *split, rule, *rule.then(gradient), STACK, *project)
 
 
 @dataclass(frozen=True)
@@ -30,98 +99,23 @@ class Step:
     program: Program
 
 
-def _lift(form: Form, function: Function, inputs: Sequence[Tensor], scalars: Sequence[str], backward: bool) -> Program:
-    """Trace a function {name: tensor} → O (and its vjp) on tiny inputs and lift the graph."""
-    size = kinds_by_size([k for t in inputs for k in t.kinds] + list(form.out))
-    generator = torch.Generator().manual_seed(0)
-
-    def dense(tensor: Tensor) -> torch.Tensor:
-        return torch.rand([size[k] for k in tensor.kinds], dtype=torch.float64, generator=generator)
-
-    names = [t.name for t in inputs]
-    values = [dense(t) for t in inputs] + [torch.full((), 0.5, dtype=torch.float64) for _ in scalars]
-    wanted = form.differentiable
-
-    def forward(*args: torch.Tensor) -> torch.Tensor:
-        return function(dict(zip([*names, *scalars], args, strict=True)))
-
-    def joint(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        env = dict(zip([*names, *scalars], args[:-1], strict=True))
-        free = {name: env[name] for name in wanted}
-        pulled = torch.func.vjp(lambda part: function({**env, **part}), free)
-        out, pull = pulled[0], pulled[1]
-        (gradients,) = pull(args[-1])
-        return (out, *(gradients[name] for name in wanted))
-
-    leaves: list[Tensor | sympy.Symbol] = [*inputs, *(sympy.Symbol(s, positive=True) for s in scalars)]
-    if not backward:
-        return Lifter(leaves).lift(trace(forward, values).graph, ["O"])
-    graph = trace(joint, [*values, dense(form.cotangent)]).graph
-    return Lifter([*leaves, form.cotangent]).lift(graph, ["O", *("d" + name for name in wanted)])
+@functools.cache
+def after(rules: tuple[Rule, ...]) -> Program:
+    """The program after a list of rules; lists that begin alike share what they have in common."""
+    return rules[-1].apply(after(rules[:-1])) if rules else Program((), {})
 
 
 @functools.cache
 def exact(form: Form, backward: bool = True) -> Program:
     """The form and its traced autograd graph in the algebra; nothing approximated."""
-    return REUSE.apply(INLINE.apply(_lift(form, form.function, form.inputs, form.scalars, backward)))
-
-
-def pipeline(form: Form, rule: ApproximateRule, gradient: str) -> tuple[Rule, ...]:
-    """The rules of a derivation, in order, after the form has been lifted (with its autograd graph, but for the
-    consistent gradient).
-
-    ``substituted`` puts the features into the exact autograd graph (math.md §2a); ``consistent`` traces the vjp of the
-    substituted forward (§2b). ``projected`` is substituted, with dQ and dK in coordinates of a few directions.
-    """
-    rules: list[Rule] = []
-    if form.mask.chunked:
-        rules.append(split_rule(form.mask))
-    rules.append(Rule(rule.name, rule.formula, rule.source, rule.note, rule.rewrite))
-    if gradient == "consistent":
-        rules += [_differentiate_rule(form, rule), INLINE, *rule.after_differentiation]
-    rules += [*rule.then, STACK]
-    if gradient == "projected":
-        rules.append(PROJECT)
-    return tuple(rules)
+    return after(lifting(form, backward))
 
 
 @functools.cache
 def derive(form: Form, rule: ApproximateRule, gradient: str) -> tuple[Step, ...]:
     """The derivation of the low-rank program; the last step's program computes O and every gradient.
 
-    Args:
-        rule: what stands in place of exp.
-        gradient: ``consistent``, ``substituted`` or ``projected``; see :func:`pipeline`.
+    The arguments are those of :func:`pipeline`.
     """
-    both = gradient != "consistent"
-    note = f"{form.text}" + (" and its autograd graph, traced (math.md §1)" if both else " (math.md §1)")
-    program = exact(form, both)
-    steps = [Step("lift", note, program)]
-    for made in pipeline(form, rule, gradient):
-        program = made.apply(program)
-        if made is INLINE:
-            program = REUSE.apply(program)
-        steps.append(Step(made.name, made.note, program))
-    return tuple(steps)
-
-
-def _differentiate_rule(form: Form, rule: ApproximateRule) -> Rule:
-    return Rule(
-        "differentiate",
-        "O → O, dX for every input X",
-        "math.md §2b, consistent gradient",
-        "the vjp of the substituted forward, traced (§2b)",
-        functools.partial(_differentiate, form, rule),
-    )
-
-
-def _differentiate(form: Form, rule: ApproximateRule, program: Program) -> Program:
-    pairs = [t.axes for t in form.inputs if isinstance(t, Indicator)]
-    masks = tuple(Indicator(which, axes) for axes in pairs for which in ("near", "far"))
-    inputs = [*(t for t in form.inputs if not isinstance(t, Indicator)), *masks, *rule.inputs]
-    scalars = [*form.scalars, *(c.name for c in rule.scalars)]
-
-    def forward(env: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return Interpreter(env, env).program(program)["O"]
-
-    return _lift(form, forward, inputs, scalars, backward=True)
+    rules = pipeline(form, rule, gradient)
+    return tuple(Step(made.name, made.note, after(rules[: n + 1])) for n, made in enumerate(rules))

@@ -17,9 +17,9 @@ from polyattn.rewriter.algebra.tensor import E1, E
 from polyattn.rewriter.masks.mask import CAUSAL, NONE, Mask
 from polyattn.rewriter.planning.order import plan
 from polyattn.rewriter.planning.plan import Node, Plan, cost, node
-from polyattn.rewriter.rules.absorb import absorb
+from polyattn.rewriter.rules.absorb import ABSORB
 from polyattn.rewriter.rules.rule import ApproximateRule
-from polyattn.rewriter.rules.stack import stack
+from polyattn.rewriter.rules.stack import STACK
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def saved_by_forward(made: Plan) -> dict[Node, Node]:
 @functools.cache
 def exact_plan(form: Form) -> Plan:
     """The plan of a form and its gradients with nothing approximated, ordered and stacked like any other."""
-    return plan(stack(absorb(exact(form))))
+    return plan(STACK.apply(ABSORB.apply(exact(form))))
 
 
 @dataclass(frozen=True)

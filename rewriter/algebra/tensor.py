@@ -1,18 +1,15 @@
 """Tensors: what a factor of an expression indexes, and the axes that it has.
 
 An axis is a ``Kind`` with a symbolic size; an ``Index`` is one use of it inside a term.  Everything that a factor can
-name is a ``Tensor``: inputs, masks, named intermediates, elementwise functions, features, weights, selections, stacks.
+name is a ``Tensor``: inputs, masks, elementwise functions, features, weights, selections, parts of stacks; what holds
+expressions itself, named intermediates and stacks, is in ``expr``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import sympy
-
-if TYPE_CHECKING:
-    from polyattn.rewriter.algebra.expr import Expr
 
 
 @dataclass(frozen=True)
@@ -99,22 +96,6 @@ class Indicator(Tensor):
     @property
     def name(self) -> str:
         return {"causal": "M", "all": "M", "near": "M_near", "far": "M_far"}[self.which]
-
-
-@dataclass(frozen=True)
-class Def(Tensor):
-    """A named intermediate. Names are unique in a program, so equality is equality of names."""
-
-    label: str
-    expr: Expr = field(compare=False, repr=False)
-
-    @property
-    def kinds(self) -> tuple[Kind, ...]:
-        return tuple(index.kind for index in self.expr.indices)
-
-    @property
-    def name(self) -> str:
-        return self.label
 
 
 @dataclass(frozen=True)
@@ -212,23 +193,6 @@ class Select(Tensor):
     @property
     def name(self) -> str:
         return "C"
-
-
-@dataclass(frozen=True)
-class Concat(Tensor):
-    """Columns of several token-level tensors side by side, [U₁, U₂, …]; ``parts`` are expressions [token(, column)]."""
-
-    label: str
-    parts: tuple[Expr, ...]
-    column: Kind
-
-    @property
-    def kinds(self) -> tuple[Kind, ...]:
-        return (self.parts[0].indices[0].kind, self.column)
-
-    @property
-    def name(self) -> str:
-        return self.label
 
 
 @dataclass(frozen=True)

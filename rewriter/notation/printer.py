@@ -17,10 +17,8 @@ import sympy
 
 from polyattn.errors import RewriteError
 from polyattn.rewriter.algebra import expr as ir
-from polyattn.rewriter.algebra.expr import Expr, Factor, Program, Term
+from polyattn.rewriter.algebra.expr import Concat, Def, Expr, Factor, Program, Term
 from polyattn.rewriter.algebra.tensor import (
-    Concat,
-    Def,
     Feature,
     Indicator,
     Leaf,

@@ -5,43 +5,48 @@ N[i] = U[i] + W[i];  z[i] N[i] → z[i] U[i] + z[i] W[i]
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from polyattn.rewriter.algebra import expr as ir
 from polyattn.rewriter.algebra.expr import Def, Expr, Factor, Program, Tensor
 from polyattn.rewriter.algebra.programs import prune
 from polyattn.rewriter.rules.rule import Rule
 
 
-def absorb(program: Program) -> Program:
-    """``absorb``: a definition read once, as one factor among others of an output's only term, is written out there."""
-    reads: dict[str, int] = {}
+@dataclass(frozen=True)
+class Absorb(Rule):
+    """A definition read once, as one factor among others of an output's only term, is written out there."""
 
-    def count(tensor: Tensor) -> None:
-        if isinstance(tensor, Def):
-            reads[tensor.label] = reads.get(tensor.label, 0) + 1
-        else:
-            for inner in ir.base_tensors(tensor):
-                count(inner)
+    name = "absorb"
+    formula = "diag(z) (U + W) → diag(z) U + diag(z) W"
+    source = "math.md §2: diag(a) U Vᵀ diag(b) = (diag(a) U)(diag(b) V)ᵀ"
+    note = "diag(z) (U + W) = diag(z) U + diag(z) W, where nothing else reads U + W"
 
-    for _, x in program.expressions():
-        for term in x.terms:
-            for factor in term.factors:
-                count(factor.tensor)
+    def rewrite(self, program: Program) -> Program:
+        """See :meth:`Rule.rewrite`."""
+        reads: dict[str, int] = {}
 
-    def change(factor: Factor) -> Expr | None:
-        tensor = factor.tensor
-        return tensor.expr if isinstance(tensor, Def) and reads[tensor.label] == 1 else None
+        def count(tensor: Tensor) -> None:
+            if isinstance(tensor, Def):
+                reads[tensor.label] = reads.get(tensor.label, 0) + 1
+            else:
+                for inner in ir.base_tensors(tensor):
+                    count(inner)
 
-    outputs = {
-        name: ir.map_factors(x, change) if len(x.terms) == 1 and len(x.terms[0].factors) > 1 else x
-        for name, x in program.outputs.items()
-    }
-    return prune(Program(program.defs, outputs))
+        for _, x in program.expressions():
+            for term in x.terms:
+                for factor in term.factors:
+                    count(factor.tensor)
+
+        def change(factor: Factor) -> Expr | None:
+            tensor = factor.tensor
+            return tensor.expr if isinstance(tensor, Def) and reads[tensor.label] == 1 else None
+
+        outputs = {
+            name: ir.map_factors(x, change) if len(x.terms) == 1 and len(x.terms[0].factors) > 1 else x
+            for name, x in program.outputs.items()
+        }
+        return prune(Program(program.defs, outputs))
 
 
-ABSORB = Rule(
-    "absorb",
-    "diag(z) (U + W) → diag(z) U + diag(z) W",
-    "math.md §2: diag(a) U Vᵀ diag(b) = (diag(a) U)(diag(b) V)ᵀ",
-    "diag(z) (U + W) = diag(z) U + diag(z) W, where nothing else reads U + W",
-    absorb,
-)
+ABSORB = Absorb()

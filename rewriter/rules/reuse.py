@@ -6,6 +6,7 @@ N[i,b] = Σ_j A[i,j] V[j,b];  Σ_j A[i,j] V[j,b] x → N[i,b] x        (rowsum(P
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from polyattn.rewriter.algebra import expr as ir
 from polyattn.rewriter.algebra.expr import Def, Expr, Factor, Index, Program, Term
@@ -13,23 +14,32 @@ from polyattn.rewriter.algebra.programs import is_pair
 from polyattn.rewriter.rules.rule import Rule
 
 
-def reuse(program: Program) -> Program:
-    """``reuse``: inside later expressions, replace a product that an earlier definition names."""
-    known: list[Def] = []
+@dataclass(frozen=True)
+class Reuse(Rule):
+    """Inside later expressions, a product that an earlier definition names becomes that definition."""
 
-    def change(x: Expr) -> Expr:
-        terms = list(x.terms)
-        for definition in known:
-            terms = [_reuse_in(term, x.out, definition) for term in terms]
-        return ir.collect(Expr(x.out, tuple(terms)))
+    name = "reuse"
+    formula = "N[i,b] = Σ_j A[i,j] V[j,b];  Σ_j A[i,j] V[j,b] x → N[i,b] x"
+    source = "math.md §1: δ = rowsum(P ∘ dP) = rowsum(G ∘ O)"
+    note = "a product that has a name is not computed again (§1)"
 
-    new: dict[str, Def] = {}
-    for definition in program.defs:
-        made = Def(definition.label, change(ir.rebind(definition.expr, new)))
-        new[made.label] = made
-        if not is_pair(made) and len(made.expr.terms) == 1 and made.expr.terms[0].coefficient == 1:
-            known.append(made)
-    return Program(tuple(new.values()), {name: change(ir.rebind(x, new)) for name, x in program.outputs.items()})
+    def rewrite(self, program: Program) -> Program:
+        """See :meth:`Rule.rewrite`."""
+        known: list[Def] = []
+
+        def change(x: Expr) -> Expr:
+            terms = list(x.terms)
+            for definition in known:
+                terms = [_reuse_in(term, x.out, definition) for term in terms]
+            return ir.collect(Expr(x.out, tuple(terms)))
+
+        new: dict[str, Def] = {}
+        for definition in program.defs:
+            made = Def(definition.label, change(ir.rebind(definition.expr, new)))
+            new[made.label] = made
+            if not is_pair(made) and len(made.expr.terms) == 1 and made.expr.terms[0].coefficient == 1:
+                known.append(made)
+        return Program(tuple(new.values()), {name: change(ir.rebind(x, new)) for name, x in program.outputs.items()})
 
 
 def _reuse_in(term: Term, out: Sequence[Index | None], definition: Def) -> Term:
@@ -70,10 +80,4 @@ def _embed(pattern: Sequence[Factor], factors: Sequence[Factor], names: dict[Ind
     return None
 
 
-REUSE = Rule(
-    "reuse",
-    "N[i,b] = Σ_j A[i,j] V[j,b];  Σ_j A[i,j] V[j,b] x → N[i,b] x",
-    "math.md §1: δ = rowsum(P ∘ dP) = rowsum(G ∘ O)",
-    "a product that has a name is not computed again (§1)",
-    reuse,
-)
+REUSE = Reuse()

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 import sympy
 
 from polyattn.rewriter.algebra import expr as ir
-from polyattn.rewriter.algebra.expr import Expr, Factor, Indicator, Map, Poly, Program, Term
+from polyattn.rewriter.algebra.expr import Expr, Factor, Map, Poly, Program, Term
 from polyattn.rewriter.algebra.monomials import full, rank, taylor
+from polyattn.rewriter.algebra.programs import factors, is_near, is_pair
 from polyattn.rewriter.algebra.tensor import CHUNK, R1, R
-from polyattn.rewriter.families.polynomial.rules import KRONECKER, POWER, compress_rule
+from polyattn.rewriter.families.polynomial.compress import Compress
+from polyattn.rewriter.families.polynomial.kronecker import KRONECKER
+from polyattn.rewriter.families.polynomial.power import POWER
 from polyattn.rewriter.notation.symbols import SUBSCRIPTS
 from polyattn.rewriter.rules.absorb import ABSORB
 from polyattn.rewriter.rules.rule import ApproximateRule, Rule
@@ -73,10 +76,9 @@ class PolynomialRule(ApproximateRule):
         d = shape["d"]
         return {R: rank(full(d, self.degree)), R1: rank(full(d, self.degree - 1))}
 
-    @property
-    def then(self) -> tuple[Rule, ...]:
-        """See :attr:`ApproximateRule.then`."""
-        return POWER, KRONECKER, ABSORB, compress_rule(self.degree)
+    def then(self, gradient: str) -> tuple[Rule, ...]:
+        """See :meth:`ApproximateRule.then`."""
+        return POWER, KRONECKER, ABSORB, Compress(self.degree)
 
     @property
     def values(self) -> dict[str, float]:
@@ -87,15 +89,24 @@ class PolynomialRule(ApproximateRule):
         """A bound of |p(x) e^{−x} − 1| on |x| ≤ bound for Taylor's p, by Lagrange's remainder."""
         return bound ** (self.degree + 1) / math.factorial(self.degree + 1) * math.exp(2 * bound)
 
+    def check(self, program: Program) -> str | None:
+        """Refuses an exponential of what is no score: of rows of tokens there is no polynomial in place of exp."""
+        for factor in factors(program):
+            tensor = factor.tensor
+            if isinstance(tensor, Map) and tensor.function == "exp" and not is_pair(tensor):
+                return f"{tensor.name} is not the exponential of a score: it is not over a pair of tokens"
+        return None
+
     def rewrite(self, program: Program) -> Program:
-        """See :meth:`ApproximateRule.rewrite`."""
+        """Replaces exp of a score everywhere except in the near field."""
         return program.rewrite(self._change)
 
     def _change(self, x: Expr) -> Expr:
         total = []
         for term in x.terms:
-            near = any(isinstance(f.tensor, Indicator) and f.tensor.which == "near" for f in term.factors)
-            total.append(term if near else Term(term.coefficient, tuple(self._factor(f) for f in term.factors)))
+            total.append(
+                term if is_near(term) else Term(term.coefficient, tuple(self._factor(f) for f in term.factors))
+            )
         return ir.collect(Expr(x.out, tuple(total)))
 
     def _factor(self, factor: Factor) -> Factor:

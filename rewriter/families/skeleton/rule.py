@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import sympy
 
 from polyattn.errors import RewriteError
 from polyattn.rewriter.algebra import expr as ir
-from polyattn.rewriter.algebra.expr import CHUNK, HEAD, Def, Expr, Factor, Indicator, Kind, Leaf, Map, Program, Term
-from polyattn.rewriter.algebra.programs import prune
+from polyattn.rewriter.algebra.expr import CHUNK, HEAD, Def, Expr, Factor, Kind, Leaf, Map, Program, Tensor, Term
+from polyattn.rewriter.algebra.programs import is_near, is_pair, ordered, sides
+from polyattn.rewriter.families.skeleton.inline import InlineLandmarks
 from polyattn.rewriter.rules.absorb import ABSORB
 from polyattn.rewriter.rules.rule import ApproximateRule, Rule
 
@@ -76,18 +78,22 @@ class SkeletonRule(ApproximateRule):
         """See :meth:`ApproximateRule.ranks`."""
         return {M: shape.get("rank", 512)}
 
-    @property
-    def then(self) -> tuple[Rule, ...]:
-        """See :attr:`ApproximateRule.then`."""
-        return (ABSORB,)
+    def then(self, gradient: str) -> tuple[Rule, ...]:
+        """After tracing, sums over tokens that have an axis of landmarks are written out."""
+        return (InlineLandmarks((OF_KEYS, OF_QUERIES)), ABSORB) if gradient == "consistent" else (ABSORB,)
 
-    @property
-    def after_differentiation(self) -> tuple[Rule, ...]:
-        """Sums over tokens that have an axis of landmarks are written out."""
-        return (INLINE_LANDMARKS,)
+    def check(self, program: Program) -> str | None:
+        """Refuses a score that is not one product of a row tensor and a column tensor."""
+        for _, x in program.expressions():
+            for factor in (f for term in x.terms if not is_near(term) for f in term.factors):
+                if _is_exponential(factor.tensor):
+                    found = sides(factor.tensor.argument)
+                    if isinstance(found, str):
+                        return found
+        return None
 
     def rewrite(self, program: Program) -> Program:
-        """See :meth:`ApproximateRule.rewrite`."""
+        """Replaces exp of a score everywhere except in the near field."""
         made: dict[str, Def] = {}
 
         def features(side: Factor, coefficient: sympy.Expr, marks: Leaf) -> Def:
@@ -98,16 +104,15 @@ class SkeletonRule(ApproximateRule):
             return made.setdefault(text, Def(text, x))
 
         def change(factor: Factor) -> Expr | None:
-            if not (isinstance(factor.tensor, Map) and factor.tensor.function == "exp" and _is_score(factor)):
+            if not _is_exponential(factor.tensor):
                 return None
             score = factor.tensor.argument
-            definition = score.expr if isinstance(score, Def) else None
-            if definition is None or len(definition.terms) != 1 or len(definition.terms[0].factors) != 2:
-                raise RewriteError(f"the score {score.name} is not a product U Wᵀ of two token matrices")
-            i, j = definition.indices
-            (term,) = definition.terms
-            left = next(f for f in term.factors if i in f.indices)
-            right = next(f for f in term.factors if j in f.indices)
+            found = sides(score)
+            if isinstance(found, str) or not isinstance(score, Def):
+                raise RewriteError(str(found))
+            left, right = found
+            i, j = score.expr.indices
+            (term,) = score.expr.terms
             phi = features(left, term.coefficient, LK)
             psi = features(right, term.coefficient, LQ)
             (rho,), (sigma,) = ir.fresh((OF_KEYS,), ()), ir.fresh((OF_QUERIES,), ())
@@ -119,44 +124,14 @@ class SkeletonRule(ApproximateRule):
             return Expr((i, j), (Term(sympy.Integer(1), product),))
 
         def rewritten(x: Expr) -> Expr:
-            kept = tuple(t for t in x.terms if _near(t))
-            changed = Expr(x.out, tuple(t for t in x.terms if not _near(t)))
+            kept = tuple(t for t in x.terms if is_near(t))
+            changed = Expr(x.out, tuple(t for t in x.terms if not is_near(t)))
             found = ir.map_factors(changed, change) if changed.terms else changed
             return ir.collect(Expr(x.out, (*kept, *found.terms)))
 
         program = program.rewrite(rewritten)
-        return Program((*made.values(), *program.defs), program.outputs)
+        return ordered(Program((*made.values(), *program.defs), program.outputs))
 
 
-def _inline(program: Program) -> Program:
-    """``inline``: sums over tokens that still have an axis of landmarks are written out where they are used.
-
-    What tracing names on the way of a gradient, Σ_j R[j,σ] V[j,b] and the like, then stands in one product again, which
-    ``stack`` and the planner take apart in their own order.
-    """
-
-    def change(factor: Factor) -> Expr | None:
-        tensor = factor.tensor
-        if not isinstance(tensor, Def) or not {OF_KEYS, OF_QUERIES} & set(tensor.kinds):
-            return None
-        sums = any(index.kind.token for term in tensor.expr.terms for index in term.bound(tensor.expr.out))
-        return tensor.expr if sums else None
-
-    return prune(program.rewrite(lambda x: ir.map_factors(x, change)))
-
-
-INLINE_LANDMARKS = Rule(
-    "inline",
-    "N[j,b] = Σ_j R[j,σ] V[j,b];  x N → x Σ_j R[j,σ] V[j,b]",
-    "math.md §2",
-    "so are sums over tokens that have an axis of landmarks",
-    _inline,
-)
-
-
-def _near(term: Term) -> bool:
-    return any(isinstance(f.tensor, Indicator) and f.tensor.which == "near" for f in term.factors)
-
-
-def _is_score(factor: Factor) -> bool:
-    return sum(index.kind.token for index in factor.indices) == 2
+def _is_exponential(tensor: Tensor) -> TypeGuard[Map]:
+    return isinstance(tensor, Map) and tensor.function == "exp" and is_pair(tensor)
