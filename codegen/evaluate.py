@@ -10,8 +10,7 @@ from collections.abc import Mapping
 import torch
 
 from polyattn.codegen.operations import Operations
-from polyattn.codegen.schedule import accumulates, is_state
-from polyattn.codegen.spec import QUERY_SIDE, KernelSpec, Loop
+from polyattn.codegen.spec import QUERY_SIDE, KernelSpec, Loop, accumulates, is_state
 from polyattn.codegen.tables import Scalars
 from polyattn.rewriter.algebra import monomials
 from polyattn.rewriter.algebra.expr import D, E
@@ -94,7 +93,7 @@ class Evaluation(Operations):
                 self.states[state] = value
 
     def _parts(self, loop: Loop, starts: range) -> None:
-        """With a local window: what each chunk adds to a state, of which :meth:`_elsewhere` adds up those of far chunks."""
+        """What each chunk adds to a state, of which :meth:`_elsewhere` adds up those of far chunks."""
         self.own = None
         for start in starts:
             tiles: dict[Node, torch.Tensor] = {}
