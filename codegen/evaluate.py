@@ -18,14 +18,6 @@ from polyattn.rewriter.algebra.monomials import rank_symbol
 from polyattn.rewriter.algebra.tensor import D1
 from polyattn.rewriter.planning.plan import Node
 
-TILE_ELEMENTS = 1 << 19
-"""Elements of one block's feature tile, all heads of a group together."""
-
-
-def block_length(rank: int, groups: int) -> int:
-    """Tokens per block without a mask, so that a feature tile of one head has about TILE_ELEMENTS elements."""
-    return max(16, min(2048, TILE_ELEMENTS // max(1, rank * groups)))
-
 
 class Evaluation(Operations):
     """Runs a specification on inputs of one batch of heads.

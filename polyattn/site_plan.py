@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 import sympy
+import torch
 
-from polyattn.codegen import target
+from polyattn.codegen import targets
 from polyattn.options import Options
 from polyattn.passes.derive.forms import Form, softmax
 from polyattn.passes.derive.kernels import Kernels, kernels
@@ -82,7 +84,7 @@ class SitePlan:
         if mask is LOCAL_WINDOW:
             chunk = options.local_window or 0
         elif mask is CAUSAL:
-            chunk = options.causal_chunk or family.chunk_length(d, target.for_device(device).chunk_length)
+            chunk = options.causal_chunk or family.chunk_length(d, targets.of_device(torch.device(device)).chunk_length)
         centring: Centring = "none" if not options.centring else options.causal_stats if causal else "call"
         gradient: Gradient = "consistent"
         if options.gradient == "substituted":
@@ -118,7 +120,7 @@ class SitePlan:
         """Specifications of forward and backward, derived once per form, rule and gradient."""
         return kernels(self.form, self.family.rule, self.gradient)
 
-    def sizes(self, shape: dict[str, int]) -> dict[sympy.Symbol, int]:
+    def sizes(self, shape: Mapping[str, int]) -> dict[sympy.Symbol, int]:
         """Numbers for the symbols of costs per key head; grouped queries count as further rows.
 
         Args:

@@ -11,12 +11,15 @@ import torch
 
 from polyattn.codegen import tables
 from polyattn.codegen.cpu.emit import Writer
+from polyattn.codegen.cpu.fused import DTYPES, FLASH
 from polyattn.codegen.cpu.layout import RULE_SIZE, Layout, number, size
 from polyattn.codegen.cpu.plan import state_key
 from polyattn.codegen.spec import QUERY_SIDE, TOKENS, KernelSpec, letters
 from polyattn.codegen.tables import Scalars
+from polyattn.codegen.target import Fused, Target
 from polyattn.errors import ScheduleError
 from polyattn.rewriter.algebra import monomials
+from polyattn.rewriter.algebra.monomials import Basis
 
 _HELPERS = {
     "elsewhere": '''
@@ -172,10 +175,51 @@ def _sizes(layout: Layout) -> str:
     return ", ".join(["H", *map(size, layout)])
 
 
+@functools.cache
+def _problem(spec: KernelSpec) -> str | None:
+    try:
+        _written(spec)
+    except ScheduleError as error:
+        return str(error)
+    return None
+
+
+class CPU(Target):
+    """Torch calls on tiles that stay in the cache."""
+
+    name = "cpu"
+
+    def available(self, device: torch.device) -> bool:
+        """CPUs."""
+        return device.type == "cpu"
+
+    def unsupported(self, spec: KernelSpec) -> str | None:
+        """See :meth:`Target.unsupported`; found by writing the loops, once."""
+        return _problem(spec)
+
+    def emit(self, spec: KernelSpec) -> str:
+        """See :func:`emit`."""
+        return emit(spec)
+
+    def run(
+        self, spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scalars: Scalars, basis: Basis, block: int
+    ) -> dict[str, torch.Tensor]:
+        """See :meth:`Target.run`."""
+        return run(spec, inputs, scalars, basis, block)
+
+    def fused(self, q: torch.Tensor) -> Fused | None:
+        """torch's flash kernel."""
+        return FLASH if q.dtype in DTYPES else None
+
+    def chunk_length(self, below: int) -> int:
+        """A quarter of the rank, from 128 to 256, was fastest for head dims 16 to 64 (docs/performance.md)."""
+        return min(256, max(128, below // 4))
+
+
 def run(
-    spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scalars: Scalars, basis: monomials.Basis, block: int
+    spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scalars: Scalars, basis: Basis, block: int
 ) -> dict[str, torch.Tensor]:
-    """Run a specification's emitted file; the arguments are those of :func:`polyattn.codegen.target.run`."""
+    """Run a specification's emitted file; the arguments are those of :func:`polyattn.codegen.targets.run`."""
     module, sample = tables.module(f"cpu_{spec.name}", emit(spec)), inputs["Q"]
     weights = {
         name: tables.weights(coefficients, basis, sample.dtype, sample.device)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import sympy
 
-from polyattn.codegen import target
+from polyattn.codegen import targets
 from polyattn.passes.derive.derive import Step, derive
 from polyattn.passes.derive.forms import Form
 from polyattn.passes.derive.kernels import exact_plan, kernels
@@ -76,4 +76,4 @@ def sources(form: Form, rule: ApproximateRule, gradient: str) -> dict[str, str]:
     """Texts by name: ``forward.specification``, ``forward.cpu``, ``forward.triton``, and the same of ``backward``."""
     made = kernels(form, rule, gradient)
     specs = {"forward": made.forward, "backward": made.backward(("dQ", "dK", "dV"))}
-    return {f"{name}.{kind}": text for name, spec in specs.items() for kind, text in target.sources(spec).items()}
+    return {f"{name}.{kind}": text for name, spec in specs.items() for kind, text in targets.sources(spec).items()}

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
-from polyattn.codegen.evaluate import Evaluation, block_length
+from polyattn.codegen.evaluate import Evaluation
+from polyattn.codegen.target import block_length
 from polyattn.runtime.centring import centre
 from polyattn.site_plan import SitePlan
 

@@ -11,7 +11,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from polyattn.codegen import fused
+from polyattn.codegen import targets
+from polyattn.codegen.target import Fused
 from polyattn.passes.derive.kernels import exact_nodes
 from polyattn.rewriter.masks.mask import Mask
 from polyattn.runtime.rectangle import Rectangle
@@ -116,7 +117,7 @@ def _pad(x: torch.Tensor, width: int) -> torch.Tensor:
     return x if x.shape[-1] == width else torch.nn.functional.pad(x, (0, width - x.shape[-1]))
 
 
-def _width(q: torch.Tensor, v: torch.Tensor, kernel: fused.Fused) -> int:
+def _width(q: torch.Tensor, v: torch.Tensor, kernel: Fused) -> int:
     """Head dims of q and v in one, as the kernel takes them."""
     wide = max(q.shape[-1], v.shape[-1])
     return -(-wide // kernel.multiple) * kernel.multiple
@@ -128,7 +129,7 @@ def _spread(x: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def fused_forward(
-    kernel: fused.Fused,
+    kernel: Fused,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -138,7 +139,7 @@ def fused_forward(
     """Attention of [B, H, n, ·] tensors by one of torch's kernels: output and log-sum-exp [B, H, n_q].
 
     Args:
-        added: what is added to the scores, as :class:`polyattn.codegen.fused.Fused` says; only for a ``masked`` kernel.
+        added: what is added to the scores, as :class:`polyattn.codegen.Fused` says; only for a ``masked`` kernel.
     """
     wide, heads = _width(q, v, kernel), q.shape[1]
     full = _pad(q, wide), _pad(_spread(k, heads), wide), _pad(_spread(v, heads), wide)
@@ -147,7 +148,7 @@ def fused_forward(
 
 
 def fused_backward(
-    kernel: fused.Fused,
+    kernel: Fused,
     g: torch.Tensor,
     tensors: Sequence[torch.Tensor],
     out: torch.Tensor,
@@ -171,7 +172,7 @@ def fused_backward(
 def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax: Softmax) -> tuple[torch.Tensor, torch.Tensor]:
     """Exact attention of [B, H, n, ·] tensors: output and log-sum-exp [B, H, n_q] (zeros without torch's kernels)."""
     heads, e = q.shape[1], v.shape[-1]
-    kernel = fused.kernel_for(q)
+    kernel = targets.fused_kernel(q)
     if kernel is not None:
         return fused_forward(kernel, q, k, v, softmax)
     groups = heads // k.shape[1]
@@ -192,7 +193,7 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of :func:`forward` by q, k and v."""
     q, k, v = tensors
-    kernel = fused.kernel_for(q)
+    kernel = targets.fused_kernel(q)
     if kernel is not None:
         return fused_backward(kernel, g, tensors, out, lse, softmax)
     groups = q.shape[1] // k.shape[1]

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from polyattn.codegen import target
-from polyattn.codegen.evaluate import block_length
+from polyattn.codegen import targets
 from polyattn.codegen.spec import KernelSpec
 from polyattn.codegen.tables import Scalars
+from polyattn.codegen.target import block_length
 from polyattn.rewriter.families.family import Bound
 from polyattn.runtime import exact as dense
 from polyattn.runtime import outlier_keys, row_checks
@@ -239,12 +239,12 @@ def _run(
     heads, groups, _, d = inputs["Q"].shape
     basis, r = plan.family.basis(d), plan.family.features(d)
     block = plan.chunk if plan.mask.chunked else block_length(r, groups)
-    step = min(heads, target.heads_at_once(inputs["Q"].device, groups, block * r))
+    step = min(heads, targets.of_device(inputs["Q"].device).heads_at_once(groups, block * r))
     inputs = {**inputs, **features.inputs}
     scalars: Scalars = {"s": plan.scale, **features.scalars}
     parts = []
     for at in range(0, heads, step):
         some = {name: x[at : at + step] for name, x in inputs.items()}
         theirs = {name: x[at : at + step] if isinstance(x, torch.Tensor) else x for name, x in scalars.items()}
-        parts.append(target.run(spec, some, theirs, basis, block))
+        parts.append(targets.run(spec, some, theirs, basis, block))
     return {name: torch.cat([p[name] for p in parts]) if len(parts) > 1 else parts[0][name] for name in parts[0]}

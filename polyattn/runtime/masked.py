@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from polyattn.codegen import fused
+from polyattn.codegen import targets
+from polyattn.codegen.target import Fused
 from polyattn.errors import DeviceError, DoubleBackwardError, PolyattnError, ShapeError
 from polyattn.rewriter.masks.mask import NONE
 from polyattn.runtime import exact, ops
@@ -186,8 +187,8 @@ def _row_gradients(
 # -- the operators ---------------------------------------------------------------------------------------------------
 
 
-def _kernel(q: torch.Tensor) -> fused.Fused:
-    kernel = fused.kernel_for(q)
+def _kernel(q: torch.Tensor) -> Fused:
+    kernel = targets.fused_kernel(q)
     if kernel is None or not kernel.masked:
         raise DeviceError(f"attention with an added mask is trained on CPUs only, got {q.device}")
     return kernel

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from dense import dense_fitted_polynomial, dense_polynomial, dense_skeleton
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rules import kernels
 from sites import Model, only_state
 
 import polyattn
 from polyattn.errors import OptionValueError
 from polyattn.options import Options
 from polyattn.passes.derive.forms import softmax
-from polyattn.passes.derive.kernels import kernels
 from polyattn.rewriter.algebra.expr import R
 from polyattn.rewriter.algebra.tensor import D1, E1, D, E
 from polyattn.rewriter.families.polynomial.family import Polynomial
