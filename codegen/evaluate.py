@@ -10,8 +10,7 @@ from collections.abc import Mapping
 import torch
 
 from polyattn.codegen.operations import Operations
-from polyattn.codegen.schedule import accumulates, is_state
-from polyattn.codegen.spec import QUERY_SIDE, KernelSpec, Loop
+from polyattn.codegen.spec import QUERY_SIDE, KernelSpec, Loop, accumulates, is_state
 from polyattn.codegen.tables import Scalars
 from polyattn.rewriter.algebra import monomials
 from polyattn.rewriter.algebra.expr import D, E

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from polyattn.codegen.spec import KernelSpec, Loop
+from polyattn.codegen.spec import KernelSpec, Loop, accumulates, is_state
+from polyattn.codegen.verify import verify
 from polyattn.errors import ScheduleError
 from polyattn.rewriter.algebra.expr import Kind
 from polyattn.rewriter.masks.mask import NONE, Mask, Sums
@@ -31,16 +32,6 @@ def substitute(root: Node, known: Mapping[Node, Node]) -> Node:
     return visit(root)
 
 
-def is_state(n: Node) -> bool:
-    """Whether a value has no token axis (weights are constants, not states)."""
-    return n.tokens == 0 and n.op != "weights" and any(m.tokens or m.op == "input" for m in walk([n]))
-
-
-def accumulates(n: Node) -> bool:
-    """Whether a node sums over tokens into a value without tokens, or into a running sum."""
-    return n.op == "contract" and (n.scanned or n.tokens == 0) and any(a.tokens for a in n.args)
-
-
 def schedule(
     name: str, outputs: Mapping[str, Node], mask: Mask = NONE, rule: ApproximateRule | None = None
 ) -> KernelSpec:
@@ -53,7 +44,9 @@ def schedule(
     loops = _LOOPS[mask.sums](outputs)
     inputs = sorted({str(n.attr) for n in walk(outputs.values()) if n.op == "input"})
     states = tuple((key, n) for key, n in outputs.items() if n.tokens == 0)
-    return KernelSpec(name, tuple(loops), states, tuple(inputs), mask, rule)
+    made = KernelSpec(name, tuple(loops), states, tuple(inputs), mask, rule)
+    verify(made)
+    return made
 
 
 def _tiles(roots: Iterable[Node]) -> tuple[Node, ...]:

@@ -14,7 +14,7 @@ from polyattn.errors import ScheduleError
 from polyattn.rewriter.algebra.expr import Kind
 from polyattn.rewriter.algebra.tensor import RANK_LETTERS, Leaf
 from polyattn.rewriter.masks.mask import NONE, Mask, Sums
-from polyattn.rewriter.planning.plan import Node, flops
+from polyattn.rewriter.planning.plan import Node, flops, walk
 from polyattn.rewriter.rules.rule import ApproximateRule
 
 QUERY_SIDE = frozenset({"Q", "QP", "G", "O", "D", "dQ"})
@@ -34,6 +34,16 @@ def letters(n: Node) -> tuple[str, ...]:
     if len(set(found)) != len(found) or not set(found) <= known:
         raise ScheduleError(f"no tile has the axes {list(found)} of {n.op}")
     return found
+
+
+def is_state(n: Node) -> bool:
+    """Whether a value has no token axis (weights are constants, not states)."""
+    return n.tokens == 0 and n.op != "weights" and any(m.tokens or m.op == "input" for m in walk([n]))
+
+
+def accumulates(n: Node) -> bool:
+    """Whether a node sums over tokens into a value without tokens, or into a running sum."""
+    return n.op == "contract" and (n.scanned or n.tokens == 0) and any(a.tokens for a in n.args)
 
 
 @dataclass(frozen=True)

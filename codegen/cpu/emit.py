@@ -25,8 +25,7 @@ from polyattn.codegen.cpu.layout import (
     size,
 )
 from polyattn.codegen.cpu.plan import SIDES, Body, Gradient, gradient, product, state_key, steps, weighted
-from polyattn.codegen.schedule import accumulates
-from polyattn.codegen.spec import FEATURES, QUERY_SIDE, TOKENS, KernelSpec, Loop, letters
+from polyattn.codegen.spec import FEATURES, QUERY_SIDE, TOKENS, KernelSpec, Loop, accumulates, letters
 from polyattn.errors import ScheduleError
 from polyattn.rewriter.planning.plan import Node, walk
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 import sympy
 
 from polyattn.codegen.cpu.layout import Layout, Value, long, ordered
-from polyattn.codegen.schedule import accumulates
-from polyattn.codegen.spec import FEATURES, TOKENS, WIDTHS, letters
+from polyattn.codegen.spec import FEATURES, TOKENS, WIDTHS, accumulates, letters
 from polyattn.errors import ScheduleError
 from polyattn.rewriter.planning.plan import Node, walk
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from polyattn.passes.derive.forms import Form
 from polyattn.passes.derive.tracing import Differentiate, Lift
 from polyattn.rewriter.algebra.expr import Kind, Program
+from polyattn.rewriter.rules.absorb import ABSORB
 from polyattn.rewriter.rules.inline import INLINE
 from polyattn.rewriter.rules.project import PROJECT
 from polyattn.rewriter.rules.reuse import REUSE
@@ -61,9 +62,14 @@ class Together(Rule):
         return program
 
 
-def lifting(form: Form, backward: bool = True) -> tuple[Rule, ...]:
+def lifting(form: Form, backward: bool = True) -> tuple[Together]:
     """The form, with or without its autograd graph, in the algebra; nothing approximated."""
     return (Together((Lift(form, backward), INLINE, REUSE)),)
+
+
+def exact_pipeline(form: Form) -> tuple[Rule, ...]:
+    """The rules of exact attention with its gradients, stacked like any other program."""
+    return (*lifting(form), ABSORB, STACK)
 
 
 def pipeline(form: Form, rule: ApproximateRule, gradient: str) -> tuple[Rule, ...]:

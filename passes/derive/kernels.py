@@ -11,15 +11,13 @@ import sympy
 from polyattn.codegen.schedule import schedule, substitute
 from polyattn.codegen.spec import KernelSpec
 from polyattn.errors import ScheduleError
-from polyattn.passes.derive.derive import derive, exact
+from polyattn.passes.derive.derive import after, derive, exact_pipeline
 from polyattn.passes.derive.forms import Form, softmax
 from polyattn.rewriter.algebra.tensor import E1, E
 from polyattn.rewriter.masks.mask import CAUSAL, NONE, Mask
 from polyattn.rewriter.planning.order import plan
 from polyattn.rewriter.planning.plan import Node, Plan, cost, node
-from polyattn.rewriter.rules.absorb import ABSORB
 from polyattn.rewriter.rules.rule import ApproximateRule
-from polyattn.rewriter.rules.stack import STACK
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def saved_by_forward(made: Plan) -> dict[Node, Node]:
 @functools.cache
 def exact_plan(form: Form) -> Plan:
     """The plan of a form and its gradients with nothing approximated, ordered and stacked like any other."""
-    return plan(STACK.apply(ABSORB.apply(exact(form))))
+    return plan(after(exact_pipeline(form)))
 
 
 @dataclass(frozen=True)

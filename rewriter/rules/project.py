@@ -27,7 +27,7 @@ _OUTPUTS = (("dQ", "K", KP), ("dK", "Q", QP))
 
 @dataclass(frozen=True)
 class Project(Rule):
-    """Outputs dQ and dK in coordinates; the others are left as they are."""
+    """Outputs dQ and dK in coordinates of a few directions; the others are left as they are."""
 
     name = "project"
     formula = "dQ U = dS K U → dS (K U);  dK W = dSᵀ Q W → dSᵀ (Q W)"

@@ -16,7 +16,7 @@ from polyattn.rewriter.rules.rule import Rule
 
 @dataclass(frozen=True)
 class Split(Rule):
-    """The rule of one mask, whose note says which pairs are near."""
+    """A mask becomes its near pairs and its far ones; the note says which pairs are near."""
 
     mask: Mask
 

@@ -42,7 +42,7 @@ ONE = sympy.Integer(1)
 
 @dataclass(frozen=True)
 class Stack(Rule):
-    """The forms of the rule, wherever they fit."""
+    """Matrices that meet the same partner are put side by side: one wider contraction in place of several."""
 
     name = "stack"
     formula = "X ∘ (G Vᵀ) − X ∘ (δ 1ᵀ) → X ∘ ([G, −δ] [V, 1]ᵀ);  A V, A 1 → A [V, 1]"

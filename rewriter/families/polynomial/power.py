@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import sympy
 
 from polyattn.rewriter.algebra import expr as ir
-from polyattn.rewriter.algebra.expr import Expr, Factor, Index, Poly, Program, Tensor, Term
+from polyattn.rewriter.algebra.expr import Expr, Factor, Poly, Program, Tensor, Term
 from polyattn.rewriter.algebra.programs import scores
 from polyattn.rewriter.rules.rule import Rule
 
@@ -44,8 +44,7 @@ class Power(Rule):
         names = scores(program)
 
         def change(x: Expr) -> Expr:
-            groups: dict[tuple[tuple[Factor, ...], tuple[Index, ...]], dict[int, sympy.Expr]] = {}
-            bases: dict[tuple[tuple[Factor, ...], tuple[Index, ...]], Tensor] = {}
+            groups: dict[tuple[tuple[Factor, ...], Factor], dict[int, sympy.Expr]] = {}
             others: list[Term] = []
             for term in x.terms:
                 coefficients: list[sympy.Expr] = [term.coefficient]
@@ -63,27 +62,25 @@ class Power(Rule):
                 if base is None:
                     others.append(term)
                     continue
-                key = (tuple(rest), base.indices)
-                bases[key] = base.tensor
-                total = groups.setdefault(key, {})
+                total = groups.setdefault((tuple(rest), base), {})
                 for power, c in enumerate(coefficients):
                     total[power] = total.get(power, sympy.Integer(0)) + c
             left = []
             for term in others:
                 # A constant term joins the one polynomial that has the same other factors.
                 keys = [key for key in groups if key[0] == term.factors]
-                if len(keys) == 1 and not (set(keys[0][1]) - term.indices - set(x.out)):
+                if len(keys) == 1 and not (set(keys[0][1].indices) - term.indices - set(x.out)):
                     groups[keys[0]][0] = groups[keys[0]].get(0, sympy.Integer(0)) + term.coefficient
                 else:
                     left.append(term)
             made = []
-            for key, total in groups.items():
+            for (rest_, score_), total in groups.items():
                 dense = tuple(sympy.expand(total.get(power, sympy.Integer(0))) for power in range(max(total) + 1))
                 while len(dense) > 1 and dense[-1] == 0:
                     dense = dense[:-1]
                 sign = -ONE if dense[-1].could_extract_minus_sign() else ONE
-                poly = Poly(bases[key], tuple(sympy.expand(sign * c) for c in dense))
-                made.append(Term(sign, (*key[0], Factor(poly, key[1]))))
+                poly = Poly(score_.tensor, tuple(sympy.expand(sign * c) for c in dense))
+                made.append(Term(sign, (*rest_, Factor(poly, score_.indices))))
             return ir.collect(Expr(x.out, tuple(left + made)))
 
         return program.rewrite(change)

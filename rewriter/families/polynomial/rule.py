@@ -27,12 +27,12 @@ from polyattn.rewriter.rules.rule import ApproximateRule, Rule
 
 @dataclass(frozen=True)
 class PolynomialRule(ApproximateRule):
-    """exp(S) → polynomial of a degree, on |S| ≤ bound."""
+    """A polynomial of a degree in place of exp, with symbols for coefficients: one derivation serves them all."""
 
     degree: int
 
     formula = "exp(S) → Σ_{m ≤ g} a_m S^m"
-    source = "math.md §4; paper, Lemma on polynomials of bounded entries (its section 3)"
+    source = "math.md §4; Alman and Song 2023 (arXiv 2302.13214) for bounded entries"
     domain = "|S| ≤ B"
     bound = "|p(x) e^{−x} − 1| ≤ B^{g+1} / (g+1)! · e^{2B} for Taylor's polynomial"
 

@@ -32,7 +32,7 @@ CORE = Leaf("Z", (OF_KEYS, OF_QUERIES))
 
 @dataclass(frozen=True)
 class SkeletonRule(ApproximateRule):
-    """exp(S) → Φ Z Rᵀ for a score S = s U Wᵀ."""
+    """Exponentials of landmarks and a core in place of exp of a score s U Wᵀ, written in the algebra itself."""
 
     formula = "exp(s Q Kᵀ) → exp(s Q κᵀ) Z exp(s K λᵀ)ᵀ"
     source = "math.md §2, exponential (skeleton) features: CUR, generalised Nyström"
