@@ -7,7 +7,6 @@ features have been fitted before. Runs are interleaved; medians of five.
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import os
 import platform
@@ -20,10 +19,13 @@ from pathlib import Path
 import torch
 
 from polyattn.codegen.evaluate import Evaluation
-from polyattn.passes.derive.kernels import exact_nodes, kernels
-from polyattn.rewriter.families.polynomial.rule import Approximation
-from polyattn.rewriter.families.skeleton.landmarks import fit
-from polyattn.runtime import exact, execute
+from polyattn.options import Options
+from polyattn.rewriter.families.polynomial.family import Polynomial
+from polyattn.rewriter.families.skeleton.family import Skeleton
+from polyattn.rewriter.masks.mask import CAUSAL, NONE, Mask
+from polyattn.runtime import exact, execute, fits
+from polyattn.runtime.centring import centre
+from polyattn.site_plan import SitePlan
 
 DEGREE, RANK, REPEATS = 2, 512, 5
 SHAPES = (
@@ -37,33 +39,34 @@ SHAPES = (
 """Heads, tokens, head dim, causal, chunk lengths."""
 
 
-def gate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, setting: execute.Setting) -> None:
+Fitted = tuple[SitePlan, torch.Tensor | None]
+"""How a low-rank call is computed, and what is fitted to its heads."""
+
+
+def gate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: SitePlan, fitted: torch.Tensor | None) -> None:
     """Raises AssertionError where the emitted code and ``evaluate`` differ on the first 600 tokens."""
     qs, ks, vs = (x[..., :600, :] for x in execute.grouped(q, k, v))
-    made = execute.forward(qs, ks, vs, setting)
-    inputs = {"V": vs, **setting.moved(qs, ks).inputs, **setting.skeleton(len(ks), qs)}
-    scalars = {"s": setting.scale, **Approximation(DEGREE).values}
-    spec = kernels(setting.causal, setting.degree, setting.gradient, weighted=True).forward
-    wanted = Evaluation(spec, inputs, scalars, setting.basis(q.shape[-1]), setting.chunk or 600).run()
+    made = execute.forward(qs, ks, vs, plan, fitted)
+    bound = execute.bound(plan, fitted, ks)
+    inputs = {"V": vs, **centre(qs, ks, plan, bound.change).inputs, **bound.inputs}
+    scalars = {"s": plan.scale, **bound.scalars}
+    basis = plan.family.basis(q.shape[-1])
+    wanted = Evaluation(plan.kernels.forward, inputs, scalars, basis, plan.chunk or 600).run()
     torch.testing.assert_close(made.out, wanted["O"], rtol=1e-3, atol=1e-3)
 
 
-def settings_of(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool, chunks: tuple[int, ...]
-) -> dict[str, execute.Setting]:
+def plans_of(
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor], scale: float, mask: Mask, chunks: tuple[int, ...]
+) -> dict[str, Fitted]:
     """What is timed, by name."""
-    found = {
-        f"degree {DEGREE}" + (f", C = {c}" if causal else ""): execute.Setting(
-            scale, causal, DEGREE, "consistent", c, "call"
-        )
-        for c in chunks
-    }
-    plain = execute.Setting(scale, causal, None, "consistent", 256 if causal else 0, "call")
-    qs, ks, _ = execute.grouped(q, k, v)
-    moved = plain.moved(qs, ks)
-    made = fit(moved.q, moved.k[:, None], moved.weights[:, None], scale, RANK, torch.Generator().manual_seed(0), causal)
-    marks = torch.cat([made.keys, made.queries, made.core], 2).float()
-    found[f"skeleton {RANK}" + (", C = 256" if causal else "")] = dataclasses.replace(plain, fitted=marks)
+    found: dict[str, Fitted] = {}
+    for c in chunks:
+        label = f"degree {DEGREE}" + (f", C = {c}" if mask.chunked else "")
+        found[label] = SitePlan(mask, Polynomial(DEGREE), "consistent", scale, c, "call"), None
+    chunk = 256 if mask.chunked else 0
+    plan = SitePlan(mask, Skeleton(RANK), "consistent", scale, chunk, "call")
+    made = fits.make("benchmark", tensors, plan, Options(), None, 0)
+    found[f"skeleton {RANK}" + (f", C = {chunk}" if chunk else "")] = plan, made.values
     return found
 
 
@@ -78,32 +81,32 @@ def row(heads: int, n: int, d: int, causal: bool, chunks: tuple[int, ...]) -> li
     generator = torch.Generator().manual_seed(0)
     q, k, v, g = (torch.randn(1, heads, n, d, generator=generator) * 0.3 for _ in range(4))
     scale = d**-0.5
-    nodes = exact_nodes(causal)
-    settings = settings_of(q, k, v, scale, causal, chunks)
-    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in ("exact", *settings)}
-    for setting in settings.values():
-        gate(q, k, v, setting)
+    mask = CAUSAL if causal else NONE
+    plans, softmax = plans_of((q, k, v), scale, mask, chunks), exact.ExactSoftmax(scale, mask)
+    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in ("exact", *plans)}
+    for plan, fitted in plans.values():
+        gate(q, k, v, plan, fitted)
     for repeat in range(REPEATS + 1):
         for name, (forward, backward) in times.items():
             if name == "exact":
                 start = time.perf_counter()
-                out, lse = exact.forward(q, k, v, scale, causal)
+                out, lse = exact.forward(q, k, v, softmax)
                 first = time.perf_counter() - start
                 tensors = (q, k, v)
-                second = timed(lambda: exact.backward(nodes, g, tensors, out, lse, scale, causal))  # noqa: B023
+                second = timed(lambda: exact.backward(g, tensors, out, lse, softmax))  # noqa: B023
             else:
-                setting = settings[name]
+                plan, fitted = plans[name]
                 start = time.perf_counter()
-                made = execute.forward(*execute.grouped(q, k, v), setting)
+                made = execute.forward(*execute.grouped(q, k, v), plan, fitted)
                 first = time.perf_counter() - start
                 out, stat = made.out.reshape(1, heads, n, d), made.denominators.reshape(1, heads, n)
                 needs = (True, True, True)
-                second = timed(lambda: execute.backward(g, q, k, v, out, stat, setting, needs))  # noqa: B023
+                second = timed(lambda: execute.backward(g, q, k, v, out, stat, plan, fitted, needs))  # noqa: B023
             if repeat:
                 forward.append(first)
                 backward.append(second)
     cells = {n: f"{statistics.median(f) * 1e3:.0f} / {statistics.median(b) * 1e3:.0f}" for n, (f, b) in times.items()}
-    low = "; ".join(f"{name}: {cells[name]}" for name in settings)
+    low = "; ".join(f"{name}: {cells[name]}" for name in plans)
     return [str(heads), f"{n:,}", str(d), "causal" if causal else "none", cells["exact"], low]
 
 

@@ -85,7 +85,7 @@ def measure(name: str, layers: int, tokens: int) -> dict[str, float]:
     import torch
 
     import polyattn.backend
-    from polyattn.runtime import execute, guard
+    from polyattn.runtime import policy
 
     backend, options = CONFIGURATIONS[name]
     torch.manual_seed(0)
@@ -93,8 +93,7 @@ def measure(name: str, layers: int, tokens: int) -> dict[str, float]:
     inputs, targets = torch.randint(256, (2, 1, tokens))
     seconds = {"passes": 0.0, "derivation": 0.0}
     timed(polyattn.backend, "_passes", seconds, "passes")
-    timed(guard, "decide", seconds, "derivation")
-    timed(execute, "kernels", seconds, "derivation")
+    timed(policy, "decide", seconds, "derivation")
     compiled = torch.compile(model, backend=backend, options=options)
 
     def step(function: Callable[..., Any]) -> tuple[float, float, float]:

@@ -143,7 +143,7 @@ def train(name: str, training: list[Window], held_out: list[Window], tick: Calla
             return run
         run.errors = (relative_error() if len(run.losses) == 1 else run.errors[0], None)
     run.errors = (run.errors[0], relative_error())
-    run.fits = max((state.fits for site in polyattn.reports()[-1].sites for state in site.states), default=0)
+    run.fits = max((state.counters.fits for site in polyattn.reports()[-1].sites for state in site.states), default=0)
     half = TOKENS // 2
     others = held_out[1:] + held_out[:1]
     mixed = [(torch.cat([x[:, :half], z[:, half:]], 1), y) for (x, y), (z, _) in zip(held_out, others, strict=True)]

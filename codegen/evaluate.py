@@ -10,23 +10,13 @@ from collections.abc import Mapping
 import torch
 
 from polyattn.codegen.operations import Operations
-from polyattn.codegen.schedule import accumulates, is_state
-from polyattn.codegen.spec import QUERY_SIDE, KernelSpec, Loop
+from polyattn.codegen.spec import QUERY_SIDE, KernelSpec, Loop, accumulates, is_state
 from polyattn.codegen.tables import Scalars
+from polyattn.rewriter.algebra import monomials
 from polyattn.rewriter.algebra.expr import D, E
+from polyattn.rewriter.algebra.monomials import rank_symbol
 from polyattn.rewriter.algebra.tensor import D1
-from polyattn.rewriter.families.polynomial import monomials
-from polyattn.rewriter.families.polynomial.monomials import rank_symbol
-from polyattn.rewriter.families.skeleton.rule import M
 from polyattn.rewriter.planning.plan import Node
-
-TILE_ELEMENTS = 1 << 19
-"""Elements of one block's feature tile, all heads of a group together."""
-
-
-def block_length(rank: int, groups: int) -> int:
-    """Tokens per block without a mask, so that a feature tile of one head has about TILE_ELEMENTS elements."""
-    return max(16, min(2048, TILE_ELEMENTS // max(1, rank * groups)))
 
 
 class Evaluation(Operations):
@@ -55,7 +45,7 @@ class Evaluation(Operations):
         self.parts: dict[Node, list[torch.Tensor]] = {}
         self.totals: dict[Node, torch.Tensor] = {}
         self.own: str | None = None
-        """In a band, the token that a loop walks; of the other one it sees neighbouring chunks as well."""
+        """With a local window, the token that a loop walks; of the other one it sees neighbouring chunks as well."""
 
     def run(self) -> dict[str, torch.Tensor]:
         """Execute every loop; returns outputs and returned states by name."""
@@ -73,10 +63,10 @@ class Evaluation(Operations):
     def _loop(self, loop: Loop) -> None:
         n = self._tokens(loop.axis.letter) if loop.axis is not None else max(self._tokens("i"), self._tokens("j"))
         starts = range(0, n, self.block)
-        if self.spec.mask == "band" and loop.accumulate:
+        if self.spec.elsewhere and loop.accumulate:
             self._parts(loop, starts)
             return
-        self.own = loop.axis.letter if self.spec.mask == "band" and loop.axis is not None else None
+        self.own = loop.axis.letter if self.spec.elsewhere and loop.axis is not None else None
         running: dict[Node, torch.Tensor] = {}
         for start in reversed(starts) if loop.descending else starts:
             tiles: dict[Node, torch.Tensor] = {}
@@ -95,7 +85,7 @@ class Evaluation(Operations):
                 self.states[state] = value
 
     def _parts(self, loop: Loop, starts: range) -> None:
-        """In a band: what each chunk adds to a state, of which :meth:`_elsewhere` adds up those of far chunks."""
+        """What each chunk adds to a state, of which :meth:`_elsewhere` adds up those of far chunks."""
         self.own = None
         for start in starts:
             tiles: dict[Node, torch.Tensor] = {}
@@ -119,7 +109,7 @@ class Evaluation(Operations):
         if n in tiles:
             return tiles[n]
         if accumulates(n) and n.scanned:
-            if self.spec.mask == "band":
+            if self.spec.elsewhere:
                 return self._elsewhere(n, start)
             if n in running:
                 return running[n]
@@ -134,7 +124,9 @@ class Evaluation(Operations):
         top = self.basis.degree
         ranks = {rank_symbol(lower): monomials.rank(self.basis.below(top - lower)) for lower in range(top + 1)}
         sizes = {D: self.basis.d, E: self.inputs["V"].shape[-1], **ranks}
-        sizes[M] = next((self.inputs[name].shape[1] for name in ("LK", "LQ", "Z") if name in self.inputs), 0)
+        for leaf in self.spec.leaves:
+            extents = zip(leaf.axes, self.inputs[leaf.name].shape[1:], strict=True)
+            sizes |= {kind.size: extent for kind, extent in extents if kind.feature}
         sizes[D1] = next((self.inputs[name].shape[-1] for name in ("QP", "KP") if name in self.inputs), 0)
         heads = self.inputs["Q"].shape[0]
         return torch.zeros(heads, *(int(k.size.subs(sizes)) for k in n.axes), dtype=self.dtype, device=self.device)
@@ -184,7 +176,7 @@ class Evaluation(Operations):
             return self.constant(n)
         if n.op == "mask":
             groups = self.inputs["Q"].shape[1]
-            if self.spec.mask == "band":
+            if self.spec.elsewhere:
                 sizes = [len(range(self._tokens(x))[self._slice(x, start)]) for x in "ij"]
                 return torch.ones(groups * sizes[0], sizes[1], dtype=self.dtype, device=self.device)
             rows = max(0, min(self.block, self.inputs["Q"].shape[2] - start))

@@ -11,8 +11,8 @@ import torch
 from polyattn.codegen import tables
 from polyattn.codegen.tables import Scalars
 from polyattn.errors import ScheduleError
+from polyattn.rewriter.algebra import monomials
 from polyattn.rewriter.algebra.interpret import take_part
-from polyattn.rewriter.families.polynomial import monomials
 from polyattn.rewriter.planning.plan import Node
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"

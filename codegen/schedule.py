@@ -2,18 +2,21 @@
 
 Without a mask every sum over tokens is a state that is complete when its loop ends, so that loops form stages.  Under
 a causal mask chunks are walked in order (running sums before a query's chunk) or in reverse (after a key's chunk).
-In a band a first loop leaves the sum of every chunk, and a second one takes those of the chunks that are not near.
+With a local window a first loop leaves the sum of every chunk, and a second one takes those of far chunks.
 Tiles are computed again in every loop that needs them; nothing with a feature axis ever leaves a loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
-from polyattn.codegen.spec import KernelSpec, Loop
+from polyattn.codegen.spec import KernelSpec, Loop, accumulates, is_state
+from polyattn.codegen.verify import verify
 from polyattn.errors import ScheduleError
 from polyattn.rewriter.algebra.expr import Kind
+from polyattn.rewriter.masks.mask import NONE, Mask, Sums
 from polyattn.rewriter.planning.plan import Node, node, walk
+from polyattn.rewriter.rules.rule import ApproximateRule
 
 
 def substitute(root: Node, known: Mapping[Node, Node]) -> Node:
@@ -29,26 +32,21 @@ def substitute(root: Node, known: Mapping[Node, Node]) -> Node:
     return visit(root)
 
 
-def is_state(n: Node) -> bool:
-    """Whether a value has no token axis (weights are constants, not states)."""
-    return n.tokens == 0 and n.op != "weights" and any(m.tokens or m.op == "input" for m in walk([n]))
-
-
-def accumulates(n: Node) -> bool:
-    """Whether a node sums over tokens into a value without tokens, or into a running sum."""
-    return n.op == "contract" and (n.scanned or n.tokens == 0) and any(a.tokens for a in n.args)
-
-
-def schedule(name: str, outputs: Mapping[str, Node], mask: str = "none") -> KernelSpec:
-    """Lay outputs (token-level nodes, or states to be returned) out as loops; ``mask`` as in :class:`KernelSpec`.
+def schedule(
+    name: str, outputs: Mapping[str, Node], mask: Mask = NONE, rule: ApproximateRule | None = None
+) -> KernelSpec:
+    """Lay outputs (token-level nodes, or states to be returned) out as loops; ``mask`` and ``rule`` as in
+    :class:`KernelSpec`.
 
     Raises:
         ScheduleError: a tile with two token axes outside of a chunk, or a result that needs sums of both directions.
     """
-    loops = {"none": _stage_loops, "causal": _chunk_loops, "band": _band_loops}[mask](outputs)
+    loops = _LOOPS[mask.sums](outputs)
     inputs = sorted({str(n.attr) for n in walk(outputs.values()) if n.op == "input"})
     states = tuple((key, n) for key, n in outputs.items() if n.tokens == 0)
-    return KernelSpec(name, tuple(loops), states, tuple(inputs), mask)
+    made = KernelSpec(name, tuple(loops), states, tuple(inputs), mask, rule)
+    verify(made)
+    return made
 
 
 def _tiles(roots: Iterable[Node]) -> tuple[Node, ...]:
@@ -107,7 +105,7 @@ def _chunk_loops(outputs: Mapping[str, Node]) -> list[Loop]:
     return loops
 
 
-def _band_loops(outputs: Mapping[str, Node]) -> list[Loop]:
+def _window_loops(outputs: Mapping[str, Node]) -> list[Loop]:
     sums: dict[Kind, list[Node]] = {}
     for n in walk(outputs.values()):
         if accumulates(n):
@@ -119,8 +117,15 @@ def _band_loops(outputs: Mapping[str, Node]) -> list[Loop]:
     stores: dict[Kind, dict[str, Node]] = {}
     for name, n in outputs.items():
         if n.tokens != 1:
-            raise ScheduleError(f"{name} is no value of a token, which a band has no loop for")
+            raise ScheduleError(f"{name} is no value of a token, which a local window has no loop for")
         stores.setdefault(next(kind for kind in n.axes if kind.token), {})[name] = n
     for axis, wanted in sorted(stores.items(), key=lambda item: item[0].letter):
         loops.append(Loop(axis, False, _tiles(wanted.values()), (), tuple(wanted.items())))
     return loops
+
+
+_LOOPS: Mapping[Sums, Callable[[Mapping[str, Node]], list[Loop]]] = {
+    Sums.TOTAL: _stage_loops,
+    Sums.RUNNING: _chunk_loops,
+    Sums.ELSEWHERE: _window_loops,
+}

@@ -12,7 +12,7 @@ import sympy
 import torch
 
 from polyattn.errors import ScheduleError
-from polyattn.rewriter.families.polynomial import monomials
+from polyattn.rewriter.algebra import monomials
 
 Scalars = Mapping[str, float | torch.Tensor]
 """Values of the symbols in coefficients: numbers, or one for each head, [heads]."""

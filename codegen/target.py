@@ -1,69 +1,89 @@
-"""Which target runs a specification: the one place that knows devices."""
+"""What a target is: where kernels run, what it has code for, and what suits it."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
+import abc
+from collections.abc import Callable, Mapping
+from typing import ClassVar, NamedTuple
 
 import torch
 
-from polyattn.codegen.cpu import target as cpu_target
-from polyattn.codegen.evaluate import TILE_ELEMENTS, Evaluation
 from polyattn.codegen.spec import KernelSpec
 from polyattn.codegen.tables import Scalars
-from polyattn.codegen.triton import target as triton_target
-from polyattn.errors import ScheduleError
-from polyattn.rewriter.families.polynomial.monomials import Basis
+from polyattn.rewriter.algebra.monomials import Basis
 
-MAX_GRID = 65535
-"""Programs along the second axis of a CUDA grid."""
-_refused: set[KernelSpec] = set()
-"""Specifications whose Triton kernels failed in this process."""
+TILE_ELEMENTS = 1 << 19
+"""Elements of one block's feature tile, all heads of a group together."""
 
 
-def heads_at_once(device: torch.device, groups: int, elements: int) -> int:
-    """How many key heads one call of :func:`run` should take.
+class Fused(NamedTuple):
+    """A fused exact kernel below autograd.
 
-    A CPU works through them a few at a time, so that their feature tiles, ``elements`` for each of the ``groups`` of
-    queries, stay in its cache; a GPU's grid takes all of them, as far as its second axis goes.
+    ``forward(q, k, v, scale, is_causal)``: output and log-sum-exp [B, H, n_q];
+    ``backward(g, q, k, v, out, lse, scale, is_causal)``: dq, dk, dv. Tensors are [B, H, n, wide], their last axis
+    contiguous.
+
+    Where ``masked``, both take a mask that is added to the scores as one argument more: [B|1, H|1, n_q|1, n_k|1] with
+    any strides, of the dtype of q, or float32 beside a half-precision q. In a row whose scores are all far from 0 the
+    backward is wrong: log-sum-exp has rounded away the logarithm of how many they are.
     """
-    limit = MAX_GRID // groups if device.type == "cuda" else TILE_ELEMENTS // max(1, groups * elements)
-    return max(1, limit)
+
+    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    multiple: int
+    """The head dim must be a multiple of this."""
+    masked: bool
 
 
-def run(
-    spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scalars: Scalars, basis: Basis, block: int
-) -> dict[str, torch.Tensor]:
-    """Outputs of a specification by name.
+class Target(abc.ABC):
+    """Base of the targets; ``polyattn.codegen.targets.TARGETS`` lists them, the preferred one first."""
 
-    Args:
-        inputs: name → tensor. Query-side ones are [heads, groups, n_q, ·] (or without the last axis), key-side ones
-            [heads, n_k, ·]. Q, K and V are always among them: they give the sizes.
-        scalars: values of the symbols in coefficients; those of polynomials may differ from head to head, [heads].
-        basis: the monomials that the features are; of skeleton features, none but the constant one.
-        block: tokens per block; under a causal mask the chunk length.
-    """
-    device = inputs["Q"].device
-    if device.type == "cuda" and spec not in _refused and triton_target.available(device):
-        try:
-            return triton_target.run(spec, inputs, scalars, basis, block)
-        except Exception as error:
-            # Plain torch computes the same; what a device cannot take (shared memory, an old Triton) is said once.
-            _refused.add(spec)
-            logging.getLogger("polyattn").warning(
-                "Triton kernels of the %s do not run on %s; plain torch runs instead: %s", spec.name, device, error
-            )
-    if device.type == "cpu":
-        return cpu_target.run(spec, inputs, scalars, basis, block)
-    return Evaluation(spec, inputs, scalars, basis, block).run()
+    name: ClassVar[str]
+    may_fail: ClassVar[bool] = False
+    """Whether a device may refuse kernels that were emitted, so that the next target runs them."""
+
+    @abc.abstractmethod
+    def available(self, device: torch.device) -> bool:
+        """Whether this target runs kernels on a device."""
+
+    @abc.abstractmethod
+    def unsupported(self, spec: KernelSpec) -> str | None:
+        """Why this target has no code for a specification; None where it has."""
+
+    @abc.abstractmethod
+    def emit(self, spec: KernelSpec) -> str:
+        """The text of a specification for this target.
+
+        Raises:
+            ScheduleError: it is unsupported; the message is the reason.
+        """
+
+    @abc.abstractmethod
+    def run(
+        self, spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scalars: Scalars, basis: Basis, block: int
+    ) -> dict[str, torch.Tensor]:
+        """Outputs of a specification by name; see :func:`polyattn.codegen.targets.run`."""
+
+    def fused(self, q: torch.Tensor) -> Fused | None:
+        """The fused exact kernel that takes tensors like this one; None where there is none that can be trusted."""
+        return None
+
+    def chunk_length(self, below: int) -> int:
+        """Tokens per chunk under a causal mask: long chunks make larger matrix products, short ones fewer FLOPs.
+
+        Every chunk leaves a state in memory, so that about the rank suits a GPU (math.md §6).
+
+        Args:
+            below: half of the least power of two that is not less than the rank.
+        """
+        return min(512, max(64, below))
+
+    def heads_at_once(self, groups: int, elements: int) -> int:
+        """How many key heads one run should take, each with ``groups`` heads of queries and feature tiles of
+        ``elements``."""
+        return max(1, TILE_ELEMENTS // max(1, groups * elements))
 
 
-def sources(spec: KernelSpec) -> dict[str, str]:
-    """The text of a specification, and what each target emits for it, by name."""
-    made = {"specification": str(spec)}
-    for name, text in (("cpu", cpu_target.emit), ("triton", lambda spec: triton_target.emit(spec).text)):
-        try:
-            made[name] = text(spec)
-        except ScheduleError as error:
-            made[name] = f"# no code for this target: {error}"
-    return made
+def block_length(rank: int, groups: int) -> int:
+    """Tokens per block without a mask, so that a feature tile of one head has about TILE_ELEMENTS elements."""
+    return max(16, min(2048, TILE_ELEMENTS // max(1, rank * groups)))

@@ -25,7 +25,7 @@ from rich.table import Table
 
 import polyattn
 from polyattn.passes.derive import inspection
-from polyattn.rewriter.families.polynomial.monomials import full, rank
+from polyattn.rewriter.algebra.monomials import full, rank
 
 RULES: Mapping[str, str] = {
     "lift": "the traced aten graph becomes index notation: sums over products of factors with shared indices",
@@ -141,7 +141,9 @@ def split(derivation: str) -> list[tuple[tuple[str, str, str], list[str]]]:
 def costs_of(site: polyattn.SiteReport) -> dict[str, tuple[sympy.Expr, int]]:
     """FLOPs per head of exact attention and of both low-rank plans: the formula, and its value at this site's sizes."""
     assert site.degree is not None, f"this site is {site.verdict}: {site.reason}"
-    derivation = inspection.derivation(causal=site.causal, degree=site.degree, gradient=site.gradient)
+    assert site.worst is not None, "the site has run"
+    used = site.worst.plan
+    derivation = inspection.derivation(used.form, used.family.rule, used.gradient)
     shape = {name: int(size) for name, size in site.shape.items()}
     sizes = {name: shape[name] for name in ("n_q", "n_k", "d", "e")}
     sizes |= {

@@ -13,9 +13,12 @@ from paper_model import Config, Model
 from torch.utils.flop_counter import FlopCounterMode
 
 from polyattn.passes.derive.derive import derive
+from polyattn.passes.derive.forms import PAPER, softmax
 from polyattn.passes.derive.kernels import kernels
 from polyattn.rewriter.algebra.expr import N_K, N_Q, R1, D, E, N, R
-from polyattn.rewriter.families.polynomial.monomials import full, rank
+from polyattn.rewriter.algebra.monomials import full, rank
+from polyattn.rewriter.families.polynomial.rule import PolynomialRule
+from polyattn.rewriter.masks.mask import CAUSAL, NONE
 from polyattn.rewriter.planning.order import plan
 from polyattn.rewriter.planning.plan import walk
 
@@ -132,13 +135,13 @@ def backward_flops(
     wanted: tuple[str, ...], n_q: int, n_k: int, d: int, e: int, degree: int, gradient: str, causal: bool = False
 ) -> int:
     """FLOPs per head of the backward that computes only what is wanted."""
-    cost = kernels(causal, degree, gradient).backward(wanted).cost()
+    cost = kernels(softmax(CAUSAL if causal else NONE), PolynomialRule(degree), gradient).backward(wanted).cost()
     return int(cost.subs({N_Q: n_q, N_K: n_k, D: d, E: e, R: rank(full(d, degree)), R1: rank(full(d, degree - 1))}))
 
 
 def algebra_flops(tokens: int, width: int, degree: int = 2) -> tuple[int, int]:
     """FLOPs of the paper's layer, backward after its forward: (dX, dW and dW_V, dX alone)."""
-    made = plan(derive("paper", degree, "substituted")[-1].program)
+    made = plan(derive(PAPER, PolynomialRule(degree), "substituted")[-1].program)
     forward = list(walk([made.outputs["O"]]))
     sizes = {N: tokens, D: width, E: width, R: rank(full(width, degree)), R1: rank(full(width, degree - 1))}
     everything = made.cost(["dX", "dW", "dW_V"], forward)

@@ -1,8 +1,8 @@
 """The algebra's own gradients of one layer softmax(X W Xᵀ) X W_V: the five terms of dX, dW and dW_V.
 
-They are read off ``derive("paper", degree, "substituted")``: the autograd graph of the layer as torch traces it, with
-the low-rank form in place of exp. Nothing here knows the paper's formulas but ``written_out``, which is what the
-terms are compared with.
+They are read off ``derive(PAPER, PolynomialRule(degree), "substituted")``: the autograd graph of the layer as torch
+traces it, with the low-rank form in place of exp. Nothing here knows the paper's formulas but ``written_out``, which is
+what the terms are compared with.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from paper_gradients import relative
 
 from polyattn.passes.derive.derive import Step, derive, exact
-from polyattn.passes.derive.forms import FORMS
+from polyattn.passes.derive.forms import FORMS, PAPER
 from polyattn.rewriter.algebra import expr as ir
 from polyattn.rewriter.algebra.expr import Def, Expr, Factor, Program, Tensor
 from polyattn.rewriter.algebra.interpret import Interpreter
-from polyattn.rewriter.families.polynomial.rule import Approximation
+from polyattn.rewriter.families.polynomial.rule import PolynomialRule
 
 TERMS = (
     "fᵀ G W_Vᵀ",
@@ -50,13 +50,13 @@ class Terms:
 def five_terms(degree: int = 2, tokens: int = 32, width: int = 4, seed: int = 0) -> Terms:
     """Derive, write out, evaluate, compare."""
     env = layer(tokens, width, seed)
-    steps = derive("paper", degree, "substituted")
+    steps = derive(PAPER, PolynomialRule(degree), "substituted")
     rewritten = next(step.program for step in steps if step.rule == "compress")  # before columns are stacked
-    scalars = Approximation(degree).values
+    scalars = PolynomialRule(degree).values
     wanted = written_out(env)
 
     found: list[tuple[dict[str, str], dict[str, float]]] = []
-    for program in (exact("paper"), rewritten):
+    for program in (exact(PAPER), rewritten):
         summands = {f"term {number}": term for number, term in enumerate(split(program, "dX"))}
         values = Interpreter(env, scalars).program(Program(program.defs, summands))
         names = {label: nearest(value, wanted) for label, value in values.items()}

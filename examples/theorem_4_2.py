@@ -23,9 +23,12 @@ from paper_gradients import GRADIENTS, Gradients, compiled, errors, gradients, r
 from paper_model import Config, Model
 
 import polyattn
+from polyattn.passes.derive.forms import softmax
 from polyattn.passes.derive.kernels import exact_cost, kernels
 from polyattn.rewriter.algebra.expr import N_K, N_Q, R1, D, E, R
-from polyattn.rewriter.families.polynomial.monomials import full, rank
+from polyattn.rewriter.algebra.monomials import full, rank
+from polyattn.rewriter.families.polynomial.rule import PolynomialRule
+from polyattn.rewriter.masks.mask import NONE
 
 Tick = Callable[[str], None]
 """Called after every piece of work, with a word about it."""
@@ -120,7 +123,7 @@ def attention_of(plan: str, degree: int) -> Callable[..., torch.Tensor]:
 
 def flops(plan: str, tokens: int, width: int, degree: int) -> int:
     """Floating point operations of the attention's forward and backward."""
-    cost = exact_cost("softmax") if plan == EXACT else kernels(False, degree, plan).cost()
+    cost = exact_cost(softmax(NONE)) if plan == EXACT else kernels(softmax(NONE), PolynomialRule(degree), plan).cost()
     sizes = {
         N_Q: tokens,
         N_K: tokens,

@@ -12,7 +12,13 @@ from typing import Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0 when the model was explained, 2 when the factory cannot be found or does not fit."""
+    """Run the command line.
+
+    Args:
+        arguments: those after the program's name; None takes the process's own.
+    Returns:
+        exit status 0 when the model was explained, 2 when the factory cannot be found or does not fit.
+    """
     parser = argparse.ArgumentParser(prog="python -m polyattn", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("explain", help="say what becomes of each attention of a model")

@@ -109,7 +109,7 @@ def _failed(report: Report, error: Exception, doing: str) -> Report:
     message = (
         f"{type(error).__name__} while {doing}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     )
-    log.warning("polyattn left a graph as it was: %s", message)
+    log.warning("polyattn: fallback to the untouched graph: %s", message)
     log.debug("polyattn: the exception", exc_info=error)
     return Report(graph_id=report.graph_id, options=report.options, failure=message)
 
@@ -157,9 +157,9 @@ def reports() -> list[Report]:
 def reset() -> None:
     """Forget all reports and all run-time state of the sites (fits, loaded ones too, audits, verdicts); compiled graphs
     stay valid."""
-    from polyattn.runtime import guard, saved_fits
+    from polyattn.runtime import registry, saved_fits
 
     with _lock:
         _reports.clear()
-    guard.reset()
+    registry.reset()
     saved_fits.reset()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
-import math
+import logging
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from polyattn.errors import OptionValueError, UnknownOptionError
+
+log = logging.getLogger("polyattn")
 
 Policy = Literal["auto", "low_rank", "exact"]
 Features = Literal["auto", "polynomial", "skeleton"]
@@ -18,8 +21,7 @@ Inner = Literal["inductor", "eager"]
 Polynomial = Literal["taylor", "minimax", "least_squares"]
 CausalStats = Literal["call", "first_chunk"]
 
-MAX_DEGREE = 4
-MAX_HEAVY = 1024
+MAX_OUTLIERS = 1024
 """Keys that are exact for every query: each costs as much as two features."""
 
 
@@ -50,10 +52,10 @@ class Options:
     largest logit that a head shows at its first call, 4 at most; ``least_squares``: fitted to the softmax rows of a
     head at its first call and kept (math.md §4)."""
     rank: int | None = None
-    """Features of a query or key, at most. Of skeleton features the landmarks, 8 to 2048; None means 512. Of a
-    polynomial: monomials of the higher degrees are taken in the leading directions of a head only, in coordinates that
+    """Features of a query or key, at most. Skeleton features: the number of landmarks, 8 to 2048; None means 512.
+    Polynomials: monomials of the higher degrees are taken in the leading directions of a head only, in coordinates that
     are fitted at its first call (nested form, math.md §3); None: all monomials, C(d + degree, degree)."""
-    shift: bool = True
+    centring: bool = True
     """Subtract mean query and mean key of a head before exp is approximated: exact by itself, and the logits that are
     left are smaller (math.md §3)."""
     causal_stats: CausalStats = "call"
@@ -63,16 +65,17 @@ class Options:
     """``consistent``: exact gradient of the function computed; ``substituted``: the low-rank form put into exact
     attention's gradient (the paper); ``auto`` means ``consistent``."""
     value_directions: int | None = None
-    """Of the substituted gradient, whose cost is proportional to (e + 1) d: values are projected on so many leading
-    directions of the products with the output's gradient, in place of e; None: they are not."""
+    """Projection rank of the values in the substituted gradient, whose cost is proportional to (e + 1) d: values are
+    projected on so many leading directions of the products with the output's gradient, in place of e; None: they are
+    not."""
     key_directions: int | None = None
-    """Likewise, in place of d: keys are projected on the leading directions of dQ on sampled rows, and queries on their
-    own; None: they are not."""
-    near_field: int | None = None
+    """Projection rank of queries and keys there, in place of d: keys are projected on the leading directions of dQ on
+    sampled rows, and queries on their own; None: they are not."""
+    local_window: int | None = None
     """Without a mask, keys of a query's own chunk and of the two next to it stay exact, chunks of so many tokens: all
     keys at most that far away. For heads that look at their neighbourhood; None: no key. Under a causal mask the chunk
     itself is exact (``causal_chunk``)."""
-    heavy_keys: int = 0
+    outlier_keys: int = 0
     """So many keys of each head stay exact for every query: those of the largest norm around the mean key (with
     ``causal_stats="first_chunk"`` under a causal mask, of the first chunk)."""
     exact_keys: tuple[int, ...] = ()
@@ -100,6 +103,8 @@ class Options:
     """Seed of polyattn's own random choices (audit rows); torch's generators are never touched."""
 
     def __post_init__(self) -> None:
+        from polyattn.rewriter.families.registry import family_class
+
         kinds = (
             ("policy", Policy),
             ("features", Features),
@@ -109,45 +114,30 @@ class Options:
         )
         for name, kind in (*kinds, ("causal_stats", CausalStats)):
             _check(name, getattr(self, name) in get_args(kind), getattr(self, name), f"one of {get_args(kind)}")
-        for name in ("shift", "refit"):
+        for name in ("centring", "refit"):
             _check(name, isinstance(getattr(self, name), bool), getattr(self, name), "True or False")
         for name in ("tolerance", "relative_tolerance", "gradient_tolerance"):
             value = getattr(self, name)
             _check(name, isinstance(value, (int, float)) and value > 0, value, "a positive number")
-        _check(
-            "degree",
-            self.degree is None or (_is_int(self.degree) and 1 <= self.degree <= MAX_DEGREE),
-            self.degree,
-            f"an integer from 1 to {MAX_DEGREE}, or None; a higher degree needs too many features "
-            "(C(head_dim + degree, degree)), use policy='exact' instead",
-        )
-        rank = self.rank
-        if self.features == "skeleton":
-            _check("degree", self.degree is None, self.degree, "None: skeleton features have no degree")
-            _check("polynomial", self.polynomial == "taylor", self.polynomial, "left out: skeleton features have none")
-            _check(
-                "rank",
-                rank is None or (_is_int(rank) and 8 <= rank <= 2048),
-                rank,
-                "an integer from 8 to 2048, or None",
-            )
-        else:
-            _check("rank", rank is None or (_is_int(rank) and rank >= 2), rank, "an integer >= 2, or None")
+        for name, value, domain in family_class(self.features).problems(self):
+            _check(name, False, value, domain)
         for name in ("value_directions", "key_directions"):
             count = getattr(self, name)
             good = count is None or (_is_int(count) and count >= 1 and self.gradient == "substituted")
             _check(name, good, count, "an integer >= 1 beside gradient='substituted', or None")
-        chunk = self.causal_chunk
-        _check("causal_chunk", chunk is None or (_is_int(chunk) and chunk >= 1), chunk, "a positive integer or None")
-        near = self.near_field
-        _check("near_field", near is None or (_is_int(near) and near >= 1), near, "a positive integer or None")
-        heavy, named = self.heavy_keys, self.exact_keys
-        _check("heavy_keys", _is_int(heavy) and 0 <= heavy <= MAX_HEAVY, heavy, f"an integer from 0 to {MAX_HEAVY}")
+        for name in ("causal_chunk", "local_window"):
+            size = getattr(self, name)
+            _check(name, size is None or (_is_int(size) and size >= 1), size, "a positive integer or None")
+        count, named = self.outlier_keys, self.exact_keys
+        domain = f"an integer from 0 to {MAX_OUTLIERS}"
+        _check("outlier_keys", _is_int(count) and 0 <= count <= MAX_OUTLIERS, count, domain)
         _check(
             "exact_keys",
-            isinstance(named, (tuple, list)) and all(_is_int(p) and p >= 0 for p in named) and len(named) <= MAX_HEAVY,
+            isinstance(named, (tuple, list))
+            and all(_is_int(p) and p >= 0 for p in named)
+            and len(named) <= MAX_OUTLIERS,
             named,
-            f"a tuple of at most {MAX_HEAVY} positions, each an integer >= 0",
+            f"a tuple of at most {MAX_OUTLIERS} positions, each an integer >= 0",
         )
         object.__setattr__(self, "exact_keys", tuple(sorted(set(named))))
         _check("audit_rows", _is_int(self.audit_rows) and self.audit_rows >= 0, self.audit_rows, "an integer >= 0")
@@ -170,53 +160,11 @@ class Options:
             return options
         known = [field.name for field in dataclasses.fields(cls)]
         for name in options:
-            if name not in known:
+            if name not in known and name not in RENAMED:
                 close = difflib.get_close_matches(str(name), known, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"the options are {', '.join(known)}"
                 raise UnknownOptionError(f"polyattn has no option {name!r}; {hint}")
         return cls(**options)
-
-    @property
-    def resolved_degree(self) -> int | None:
-        """Degree of the polynomial; None for skeleton features."""
-        return None if self.features == "skeleton" else 2 if self.degree is None else self.degree
-
-    def resolved_rank(self, d: int) -> int:
-        """Number of features for a head dim."""
-        degree = self.resolved_degree
-        if degree is None:
-            return self.rank or 512
-        full = math.comb(d + degree, degree)
-        return full if self.rank is None else min(full, self.rank)
-
-    @property
-    def fits(self) -> bool:
-        """Whether features are fitted to a head at its first low-rank call."""
-        return self.features == "skeleton" or self.polynomial != "taylor" or self.rank is not None
-
-    @property
-    def resolved_gradient(self) -> Literal["consistent", "substituted", "projected"]:
-        """``projected`` is the substituted one with queries and keys on a few directions."""
-        if self.gradient != "substituted":
-            return "consistent"
-        return "substituted" if self.key_directions is None else "projected"
-
-    @property
-    def directions(self) -> tuple[int, int]:
-        """Of values, and of queries and keys; 0: they are not projected."""
-        return self.value_directions or 0, self.key_directions or 0
-
-    def resolved_shift(self, causal: bool) -> str:
-        """Which tokens the means are taken of that queries and keys are shifted by: one of ``shift.STATISTICS``."""
-        return "none" if not self.shift else self.causal_stats if causal else "call"
-
-    def band(self, causal: bool) -> bool:
-        """Whether near keys stay exact without a mask."""
-        return self.near_field is not None and not causal
-
-    def weighted(self, causal: bool) -> bool:
-        """Whether kernels take weights of the keys."""
-        return self.resolved_shift(causal) != "none" or self.heavy_keys > 0 or len(self.exact_keys) > 0
 
     def key(self) -> str:
         """The fields that change what a site computes, as canonical JSON: the ``options`` argument of the ops."""
@@ -227,6 +175,39 @@ class Options:
     def from_key(cls, key: str) -> Options:
         """The inverse of :meth:`key`."""
         return cls(**json.loads(key))
+
+
+RENAMED = {"heavy_keys": "outlier_keys", "near_field": "local_window", "shift": "centring"}
+"""Options that had another name before: the old one still works, and a note is logged."""
+
+
+def _with_old_names(init: Any) -> Any:
+    """The constructor, which takes options by their former names as well.
+
+    Raises:
+        OptionValueError: an option is given by both of its names.
+    """
+
+    @functools.wraps(init)
+    def __init__(self: Options, *args: Any, **given: Any) -> None:
+        for old, new in RENAMED.items():
+            if old not in given:
+                continue
+            if new in given:
+                raise OptionValueError(f"polyattn options {old!r} and {new!r} are the same; give {new!r} alone")
+            _note_rename(old, new)
+            given[new] = given.pop(old)
+        init(self, *args, **given)
+
+    return __init__
+
+
+@functools.cache
+def _note_rename(old: str, new: str) -> None:
+    log.warning("polyattn: the option %r is called %r now; the old name still works", old, new)
+
+
+Options.__init__ = _with_old_names(Options.__init__)  # type: ignore[method-assign]
 
 
 def _is_int(value: object) -> bool:

@@ -25,8 +25,7 @@ from polyattn.codegen.cpu.layout import (
     size,
 )
 from polyattn.codegen.cpu.plan import SIDES, Body, Gradient, gradient, product, state_key, steps, weighted
-from polyattn.codegen.schedule import accumulates
-from polyattn.codegen.spec import FEATURES, QUERY_SIDE, TOKENS, KernelSpec, Loop, letters
+from polyattn.codegen.spec import FEATURES, QUERY_SIDE, TOKENS, KernelSpec, Loop, accumulates, letters
 from polyattn.errors import ScheduleError
 from polyattn.rewriter.planning.plan import Node, walk
 
@@ -88,7 +87,7 @@ class Writer:
             for a in n.args:
                 readers[a] = readers.get(a, 0) + 1
         body = Body(readers, stores, self.spec.chunked, max(self.ranks.values(), default=0))
-        if self.spec.mask == "band" and loop.stores and loop.axis is not None:
+        if self.spec.elsewhere and loop.stores and loop.axis is not None:
             body.own = loop.axis.letter
         for n in steps(body, stores, sums):
             if n.op == "features":
@@ -107,11 +106,11 @@ class Writer:
                 self._store(stores[n], body.values[n], body)
             for dead in [m for m in body.memory if body.last[m] <= at]:
                 self._release(body.memory.pop(dead))
-        if self.spec.mask == "band" and loop.stores:
+        if self.spec.elsewhere and loop.stores:
             used = [v for v in self.states.values() if any(f"far_{v.name}" in line for line in body.lines)]
             body.lines[:0] = [f"far_{v.name} = {v.name}[start // block]  # {v.shape()}" for v in used]
         self.loops += [*body.before, *self._header(loop), *("    " + line for line in body.lines)]
-        if self.spec.mask == "band":
+        if self.spec.elsewhere:
             self.loops += [f"elsewhere({self.states[state_key(n)].name})" for n in sums]
         self.loops.append("")
 
@@ -124,7 +123,7 @@ class Writer:
                 "    rows, T_k = max(0, min(block, n_q - start)), max(0, min(block, n_k - start))",
                 "    T_q = groups * rows",
             ]
-        if self.spec.mask == "band" and loop.stores:
+        if self.spec.elsewhere and loop.stores:
             queries = loop.axis.letter == "i"
             own, other = ("n_q", "n_k") if queries else ("n_k", "n_q")
             tokens = (f"min(block, {own} - start)", "max(0, above - below)")
@@ -146,7 +145,7 @@ class Writer:
         state, made = self.states[state_key(n)], product(n)
         operands = [self._value(a, body) for a in made.operands]
         pair = matrices(operands, state.layout)
-        if self.spec.mask == "band":
+        if self.spec.elsewhere:
             self.helpers.add("elsewhere")
             part = Value(f"{state.name}[start // block]", state.layout)
             if pair is None:
@@ -211,7 +210,7 @@ class Writer:
         """A value without tokens; what is made of a running sum is made in every chunk."""
         if accumulates(n):
             value, weights = self.states[state_key(n)], product(n).scale
-            if self.spec.mask == "band":
+            if self.spec.elsewhere:
                 value = Value(f"far_{value.name}", value.layout)
             return value if weights is None else self._weigh(value, weights.attr, n.scanned, body)
         if n in self._values:
@@ -385,13 +384,13 @@ class Writer:
         source = next(a for a in n.args if a.op != "mask")
         if value.layout != TOKENS or set(letters(n)) != set(TOKENS):
             raise ScheduleError(f"the CPU target masks scores only, not {n}")
-        if body.dies(source) or (self.spec.mask == "band" and source not in body.memory):
+        if body.dies(source) or (self.spec.elsewhere and source not in body.memory):
             if source in body.memory:
                 body.memory[n] = body.memory.pop(source)
             made = value
         else:
             made = self._define(n, value.layout, f"{self._allocate(n, value.layout, body)}.copy_({value.name})", body)
-        if self.spec.mask != "band":  # of which all near pairs take part
+        if not self.spec.elsewhere:  # of which all near pairs take part
             body.lines.append(
                 f"{made.name}.unflatten(1, (groups, rows)).tril_()  # keys up to the query's own position"
             )

@@ -11,14 +11,12 @@ from dataclasses import dataclass
 
 import sympy
 
-from polyattn.codegen.spec import FEATURES, MARKS, TOKENS, WIDTHS
+from polyattn.codegen.spec import FEATURES, TOKENS, WIDTHS
 from polyattn.errors import ScheduleError
 
-LONG = (*FEATURES, *MARKS)
-"""Axes of features of either family."""
-TILE_ORDER = (*LONG, *WIDTHS, *TOKENS)
-STATE_ORDER = (*WIDTHS, *LONG)
-SIZES = {"a": "d", "b": "e", "b̂": "e + 1", "c": "d_1", "i": "T_q", "j": "T_k", "t": "T", **dict.fromkeys(MARKS, "m")}
+SIZES = {"a": "d", "b": "e", "b̂": "e + 1", "c": "d_1", "i": "T_q", "j": "T_k", "t": "T"}
+RULE_SIZE = "m"
+"""The variable for the size of the feature axes that a rule brings in."""
 
 Layout = tuple[str, ...]
 
@@ -31,13 +29,26 @@ def rank_name(letter: str) -> str:
 
 def size(letter: str) -> str:
     """The variable, or expression, for the size of an axis."""
-    return rank_name(letter) if letter in FEATURES else SIZES[letter]
+    return rank_name(letter) if letter in FEATURES else SIZES.get(letter, RULE_SIZE)
+
+
+def long(letter: str) -> bool:
+    """Whether an axis runs over features: monomials, or those that a rule brings in."""
+    return letter not in SIZES
 
 
 def ordered(found: Iterable[str]) -> Layout:
     """Axes in the order in which this target lays them out: states with features last, tiles with tokens last."""
-    order = TILE_ORDER if set(found) & set(TOKENS) else STATE_ORDER
-    return tuple(sorted(found, key=order.index))
+    short = (*WIDTHS, *TOKENS)
+
+    def key(letter: str) -> tuple[int, int, str]:
+        if long(letter):
+            return (0 if tile else 2), (FEATURES.index(letter) if letter in FEATURES else len(FEATURES)), letter
+        return 1, short.index(letter), letter
+
+    found = tuple(found)
+    tile = bool(set(found) & set(TOKENS))
+    return tuple(sorted(found, key=key))
 
 
 @dataclass(frozen=True)
@@ -116,7 +127,7 @@ def shared(layout: Layout) -> Layout:
 
 def large(layout: Layout) -> bool:
     """Whether a tile is large enough for memory of its own."""
-    return len(layout) > 2 or layout == TOKENS or any(x in LONG for x in layout)
+    return len(layout) > 2 or layout == TOKENS or any(map(long, layout))
 
 
 def column(k: int, wide: int, count: int) -> str:
@@ -145,7 +156,9 @@ def matrices(values: Sequence[Value], layout: Layout) -> tuple[str, str, tuple[i
 
 
 def einsum(values: Sequence[Value], layout: Layout) -> str:
-    names = dict(zip((*WIDTHS, *TOKENS, *LONG), "abcdijrstuvmn", strict=True))
+    names = dict(zip((*WIDTHS, *TOKENS, *FEATURES), "abcdijrstuv", strict=True))
+    others = sorted({x for v in values for x in v.layout} - set(names))
+    names |= dict(zip(others, "mnopq", strict=False))
     terms = ["".join(("h", *(names[x] for x in v.layout))) for v in values]
     return (
         f'torch.einsum("{",".join(terms)}->h{"".join(names[x] for x in layout)}", {", ".join(v.name for v in values)})'

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 
 import sympy
 
-from polyattn.codegen.cpu.layout import LONG, Layout, Value, ordered
-from polyattn.codegen.schedule import accumulates
-from polyattn.codegen.spec import FEATURES, TOKENS, WIDTHS, letters
+from polyattn.codegen.cpu.layout import Layout, Value, long, ordered
+from polyattn.codegen.spec import FEATURES, TOKENS, WIDTHS, accumulates, letters
 from polyattn.errors import ScheduleError
 from polyattn.rewriter.planning.plan import Node, walk
 
@@ -111,7 +110,7 @@ class Body:
     chunked: bool = False
     degree: int = 0
     own: str | None = None
-    """In a band, the token that the loop walks; of the other one it reads neighbouring chunks as well."""
+    """With a local window, the token that the loop walks; of the other one it reads neighbouring chunks as well."""
     tallest: dict[Node, Node] = field(default_factory=dict)
     before: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
@@ -146,7 +145,7 @@ class Body:
             return "inverse" if n.attr == "reciprocal" else "attention" if n.tokens == 2 else f"phi_{side}"
         if n.tokens == 2:
             return "d_scores" if {"exp", "G"} <= read else "d_attention" if "G" in read else "scores"
-        if any(x in LONG for x in found):
+        if any(map(long, found)):
             return f"rows_{side}"
         widths = [x for x in found if x in WIDTHS]
         if len(widths) > 1:

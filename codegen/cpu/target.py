@@ -11,18 +11,16 @@ import torch
 
 from polyattn.codegen import tables
 from polyattn.codegen.cpu.emit import Writer
-from polyattn.codegen.cpu.layout import Layout, number, size
+from polyattn.codegen.cpu.fused import DTYPES, FLASH
+from polyattn.codegen.cpu.layout import RULE_SIZE, Layout, number, size
 from polyattn.codegen.cpu.plan import state_key
 from polyattn.codegen.spec import QUERY_SIDE, TOKENS, KernelSpec, letters
 from polyattn.codegen.tables import Scalars
+from polyattn.codegen.target import Fused, Target
 from polyattn.errors import ScheduleError
-from polyattn.rewriter.families.polynomial import monomials
+from polyattn.rewriter.algebra import monomials
+from polyattn.rewriter.algebra.monomials import Basis
 
-MASKS = {
-    "none": "without a mask",
-    "causal": "under a causal mask, in chunks",
-    "band": "with an exact band of neighbouring chunks",
-}
 _HELPERS = {
     "elsewhere": '''
 def elsewhere(parts):
@@ -100,13 +98,12 @@ def emit(spec: KernelSpec) -> str:
 
 def _header(spec: KernelSpec, writer: Writer) -> str:
     outputs = ", ".join(name for loop in spec.loops for name, _ in loop.stores) or "states"
-    mask = MASKS[spec.mask]
-    family = f"degree {max(writer.ranks.values())}" if writer.ranks else "skeleton features"
-    lines = [f'"""{spec.name} of low-rank attention, {family}, {mask}: {outputs}.', ""]
+    family = f"degree {max(writer.ranks.values())}" if writer.ranks or spec.rule is None else spec.rule.title
+    lines = [f'"""{spec.name} of low-rank attention, {family}, {spec.mask.title}: {outputs}.', ""]
     lines += [
         "Q [H, groups, n_q, d], G and O [H, groups, n_q, e], D [H, groups, n_q]; K [H, n_k, d], V [H, n_k, e]"
         + (", B [H, n_k]." if "B" in spec.inputs else "."),
-        *(["Landmarks LK of keys and LQ of queries [H, m, d], core Z [H, m, m]."] if "Z" in spec.inputs else []),
+        *([spec.rule.inputs_note] if spec.rule is not None and spec.leaves else []),
         "A block has T_k keys and T_q queries, those of all groups that share the keys.",
         "",
     ]
@@ -114,7 +111,7 @@ def _header(spec: KernelSpec, writer: Writer) -> str:
         walked = "chunks, last to first" if loop.descending else "chunks" if loop.axis is None else "blocks of "
         walked += {"i": "queries", "j": "keys"}[loop.axis.letter] if loop.axis is not None else ""
         sums = list(dict.fromkeys(writer.states[state_key(n)].name for n in loop.accumulate))
-        if spec.mask == "band":
+        if spec.elsewhere:
             walked = walked.replace("blocks", "chunks")
         made = [f"adds to {', '.join(sums)}"] * bool(sums)
         made += [f"writes {', '.join(name for name, _ in loop.stores)}"] * bool(loop.stores)
@@ -142,16 +139,21 @@ def _run(spec: KernelSpec, writer: Writer) -> str:
     lines += ["H, groups, n_q, d = Q.shape", "n_k = K.shape[1]"]
     lines += [f"e = {name}.shape[-1]" for name in ("V", "G", "O") if name in named][:1]
     lines += [f"d_1 = {name}.shape[-1]" for name in ("QP", "KP") if name in named][:1]
-    lines += [f"m = {name}.shape[1]" for name in ("LK", "LQ", "Z") if name in named][:1]
+    lines += [
+        f"{RULE_SIZE} = {leaf.name}.shape[{1 + at}]"
+        for leaf in spec.leaves
+        for at, kind in enumerate(leaf.axes)
+        if kind.feature
+    ][:1]
     lines += [f"{name} = ranks[{degree}]" for name, degree in sorted(writer.ranks.items())]
     lines += [f'{name} = scalars["{name}"]' for name in sorted(writer.symbols)]
     lines += [f'{name} = weights["{name}"]' for name in writer.weights.values()]
-    band = spec.mask == "band"
-    most = "3 * block" if band else "block"
+    window = spec.elsewhere
+    most = "3 * block" if window else "block"
     lines += [f"T_q, T_k = groups * min({most}, n_q), min({most}, n_k)", "T = max(T_q, T_k)", "views = {}"]
-    if band:
+    if window:
         lines.append("chunks = (max(n_q, n_k) + block - 1) // block")
-    per = "chunks, " if band else ""
+    per = "chunks, " if window else ""
     lines += [f"{v.name} = Q.new_zeros({per}{_sizes(v.layout)})" for v in writer.states.values()]
     lines += [f"{name} = Q.new_empty({_sizes(layout)})" for name, layout in writer.memory.items()]
     for value, fills in writer.stacks.values():
@@ -173,10 +175,51 @@ def _sizes(layout: Layout) -> str:
     return ", ".join(["H", *map(size, layout)])
 
 
+@functools.cache
+def _problem(spec: KernelSpec) -> str | None:
+    try:
+        _written(spec)
+    except ScheduleError as error:
+        return str(error)
+    return None
+
+
+class CPU(Target):
+    """Torch calls on tiles that stay in the cache."""
+
+    name = "cpu"
+
+    def available(self, device: torch.device) -> bool:
+        """CPUs."""
+        return device.type == "cpu"
+
+    def unsupported(self, spec: KernelSpec) -> str | None:
+        """See :meth:`Target.unsupported`; found by writing the loops, once."""
+        return _problem(spec)
+
+    def emit(self, spec: KernelSpec) -> str:
+        """See :func:`emit`."""
+        return emit(spec)
+
+    def run(
+        self, spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scalars: Scalars, basis: Basis, block: int
+    ) -> dict[str, torch.Tensor]:
+        """See :meth:`Target.run`."""
+        return run(spec, inputs, scalars, basis, block)
+
+    def fused(self, q: torch.Tensor) -> Fused | None:
+        """torch's flash kernel."""
+        return FLASH if q.dtype in DTYPES else None
+
+    def chunk_length(self, below: int) -> int:
+        """A quarter of the rank, from 128 to 256, was fastest for head dims 16 to 64 (docs/performance.md)."""
+        return min(256, max(128, below // 4))
+
+
 def run(
-    spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scalars: Scalars, basis: monomials.Basis, block: int
+    spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scalars: Scalars, basis: Basis, block: int
 ) -> dict[str, torch.Tensor]:
-    """Run a specification's emitted file; the arguments are those of :func:`polyattn.codegen.target.run`."""
+    """Run a specification's emitted file; the arguments are those of :func:`polyattn.codegen.targets.run`."""
     module, sample = tables.module(f"cpu_{spec.name}", emit(spec)), inputs["Q"]
     weights = {
         name: tables.weights(coefficients, basis, sample.dtype, sample.device)

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 import sympy
 
 from polyattn.codegen import spec
-from polyattn.codegen.schedule import accumulates, is_state
-from polyattn.codegen.spec import FEATURES, TOKENS, WIDTHS
+from polyattn.codegen.spec import FEATURES, TOKENS, WIDTHS, accumulates, is_state
 from polyattn.errors import ScheduleError
 from polyattn.rewriter.algebra.expr import Kind
 from polyattn.rewriter.planning.plan import Node, walk

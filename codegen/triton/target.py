@@ -12,13 +12,18 @@ import sympy
 import torch
 
 from polyattn.codegen import tables
-from polyattn.codegen.spec import FEATURES, MARKS, QUERY_SIDE, KernelSpec
+from polyattn.codegen.spec import FEATURES, QUERY_SIDE, KernelSpec
 from polyattn.codegen.tables import Scalars
+from polyattn.codegen.target import Fused, Target
 from polyattn.codegen.triton.emit import letters, rank_name
+from polyattn.codegen.triton.fused import kernel_for
 from polyattn.codegen.triton.kernels import CONSTANTS, Launch, Writer
 from polyattn.errors import ScheduleError
-from polyattn.rewriter.families.polynomial import monomials
+from polyattn.rewriter.algebra import monomials
+from polyattn.rewriter.algebra.monomials import Basis
 
+MAX_GRID = 65535
+"""Programs along the second axis of a CUDA grid."""
 BLOCK_TOKENS, BLOCK_RANK = 32, 32
 """Tokens and features per tile; any power of two from 16 on."""
 _SIZES = {"a": "HEAD_DIM", "b": "VALUE_DIM", "b̂": "VALUE_DIM + 1"}
@@ -37,29 +42,48 @@ class Emitted:
 
 
 @functools.cache
+def unsupported(spec: KernelSpec) -> str | None:
+    """Why there is no Triton code for a specification; None where there is. Found by writing it, once."""
+    nodes = [n for loop in spec.loops for n in (*loop.tiles, *loop.accumulate)]
+    if spec.rule is not None and any(kind.feature for n in nodes for kind in n.axes):
+        return f"{spec.rule.title} have no Triton code yet"
+    if spec.elsewhere:
+        return "an exact band without a mask has no Triton code yet"
+    try:
+        _written(spec)
+    except ScheduleError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def _written(spec: KernelSpec) -> Writer:
+    writer = Writer(spec)
+    writer.write()
+    for name, n in spec.states:
+        if n not in writer.states:
+            raise ScheduleError(f"the state {name} that is to be returned is no sum over tokens")
+    return writer
+
+
+@functools.cache
 def emit(spec: KernelSpec) -> Emitted:
     """The Triton file of a specification: one kernel per loop's states and outputs, and ``run``, which launches them.
 
     Raises:
         ScheduleError: a node of the plan has no Triton code; the message says which.
     """
-    if any(kind.letter in MARKS for loop in spec.loops for n in (*loop.tiles, *loop.accumulate) for kind in n.axes):
-        raise ScheduleError("skeleton features have no Triton code yet")
-    if spec.mask == "band":
-        raise ScheduleError("an exact band without a mask has no Triton code yet")
-    writer = Writer(spec)
-    writer.write()
-    for name, n in spec.states:
-        if n not in writer.states:
-            raise ScheduleError(f"the state {name} that is to be returned is no sum over tokens")
+    reason = unsupported(spec)
+    if reason is not None:
+        raise ScheduleError(reason)
+    writer = _written(spec)
     weights = {name: coefficients for coefficients, name in writer.weights.items()}
     text = "\n\n".join([_header(spec, writer), *(launch.text for launch in writer.launches), _run_text(spec, writer)])
     return Emitted(text, tuple(writer.launches), weights, tuple(writer.numbers), writer.degree)
 
 
 def _header(spec: KernelSpec, writer: Writer) -> str:
-    mask = "under a causal mask, in chunks" if spec.chunked else "without a mask"
-    lines = [f'"""{spec.name} of low-rank attention, degree {writer.degree}, {mask}.', ""]
+    lines = [f'"""{spec.name} of low-rank attention, degree {writer.degree}, {spec.mask.title}.', ""]
     weights = ", B [heads, n_k]" if "B" in spec.inputs else ""
     lines.append(
         f"Inputs: Q, G, O [heads, groups, n_q, d or e], D [heads, groups, n_q], K, V [heads, n_k, d or e]{weights}."
@@ -130,7 +154,7 @@ def available(device: torch.device) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _constant_tables(basis: monomials.Basis, device: torch.device) -> dict[str, torch.Tensor]:
+def _constant_tables(basis: Basis, device: torch.device) -> dict[str, torch.Tensor]:
     made = {
         f"COLUMNS_{low}": torch.as_tensor(monomials.columns(basis.below(low)), device=device)
         for low in range(basis.degree + 1)
@@ -145,15 +169,48 @@ def _number_table(values: tuple[float, ...], dtype: torch.dtype, device: torch.d
     return torch.tensor(values, dtype=dtype, device=device)
 
 
+class Triton(Target):
+    """Triton kernels on GPUs."""
+
+    name = "triton"
+    may_fail = True
+
+    def available(self, device: torch.device) -> bool:
+        """GPUs."""
+        return device.type == "cuda"
+
+    def unsupported(self, spec: KernelSpec) -> str | None:
+        """See :func:`unsupported`."""
+        return unsupported(spec)
+
+    def emit(self, spec: KernelSpec) -> str:
+        """See :func:`emit`."""
+        return emit(spec).text
+
+    def run(
+        self, spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scalars: Scalars, basis: Basis, block: int
+    ) -> dict[str, torch.Tensor]:
+        """See :meth:`Target.run`."""
+        return run(spec, inputs, scalars, basis, block)
+
+    def fused(self, q: torch.Tensor) -> Fused | None:
+        """torch's memory-efficient kernel, once it has reproduced a reference on the device."""
+        return kernel_for(q)
+
+    def heads_at_once(self, groups: int, elements: int) -> int:
+        """As many as the second axis of a grid takes."""
+        return max(1, MAX_GRID // groups)
+
+
 def run(
     spec: KernelSpec,
     inputs: Mapping[str, torch.Tensor],
     scalars: Scalars,
-    basis: monomials.Basis,
+    basis: Basis,
     block: int,
     blocks: tuple[int, int, int] = (BLOCK_TOKENS, BLOCK_TOKENS, BLOCK_RANK),
 ) -> dict[str, torch.Tensor]:
-    """Run a specification's Triton kernels; the arguments are those of :func:`polyattn.codegen.target.run`.
+    """Run a specification's Triton kernels; the arguments are those of :func:`polyattn.codegen.targets.run`.
 
     ``blocks`` are queries, keys and features per tile, powers of two from 16 on.
     """

@@ -5,12 +5,14 @@ What a form computes is all that is written down; its autograd graph is traced, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from polyattn.rewriter.algebra.expr import HEAD, KEY, QUERY, TOKEN, VALUE, Indicator, Kind, Leaf, Tensor
+from polyattn.rewriter.masks.mask import MASKS, NONE, Mask
 
 Function = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 
@@ -25,6 +27,8 @@ class Form:
     out: tuple[Kind, ...]
     function: Function
     text: str
+    mask: Mask = NONE
+    """Which keys a query sees, and which pairs are near."""
 
     @property
     def cotangent(self) -> Leaf:
@@ -38,7 +42,6 @@ class Form:
 Q, K, V = Leaf("Q", (QUERY, HEAD)), Leaf("K", (KEY, HEAD)), Leaf("V", (KEY, VALUE))
 B = Leaf("B", (KEY,))
 """A positive weight of each key: a factor of its column of the exponentials (math.md §3)."""
-CAUSAL, BAND = Indicator("causal", (QUERY, KEY)), Indicator("all", (QUERY, KEY))
 X, W, W_V = Leaf("X", (TOKEN, HEAD)), Leaf("W", (HEAD, HEAD)), Leaf("W_V", (HEAD, VALUE))
 
 
@@ -66,37 +69,32 @@ def _square(x: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return (1 + x["Q"] @ x["K"].t()).pow(2) @ x["V"]
 
 
-def softmax_form(causal: bool, weighted: bool = False, band: bool = False) -> str:
-    """The name of softmax attention's form: with a causal mask or a band of near pairs, and weights of the keys."""
-    return ("causal_" if causal else "band_" if band else "") + ("weighted_" if weighted else "") + "softmax"
+@functools.cache
+def softmax(mask: Mask, key_bias: bool = False) -> Form:
+    """Softmax attention under a mask.
+
+    Args:
+        key_bias: with a factor exp(bias) for each key, as centred queries leave them (math.md §3).
+    """
+    inputs: tuple[Tensor, ...] = (Q, K, V, B) if key_bias else (Q, K, V)
+    indicator = mask.indicator
+    text = f"softmax(s Q Kᵀ{' + 1 (log B)ᵀ' if key_bias else ''}{mask.suffix}) V{mask.remark}"
+    name = f"{mask.prefix}{'weighted_' if key_bias else ''}softmax"
+    return Form(
+        name, inputs if indicator is None else (*inputs, indicator), ("s",), (QUERY, VALUE), _softmax, text, mask
+    )
 
 
-_OUT = (QUERY, VALUE)
+PAPER = Form("paper", (X, W, W_V), (), (TOKEN, VALUE), _paper, "softmax(X W Xᵀ) X W_V")
+EXPONENTIAL = Form("exponential", (Q, K, V), (), (QUERY, VALUE), _exponential, "exp(Q Kᵀ) V")
+SQUARE = Form("square", (Q, K, V), (), (QUERY, VALUE), _square, "(1 + Q Kᵀ)² V")
 FORMS: Mapping[str, Form] = {
     form.name: form
     for form in (
-        Form("softmax", (Q, K, V), ("s",), _OUT, _softmax, "softmax(s Q Kᵀ) V"),
-        Form("causal_softmax", (Q, K, V, CAUSAL), ("s",), _OUT, _softmax, "softmax(s Q Kᵀ, causal) V"),
-        Form("weighted_softmax", (Q, K, V, B), ("s",), _OUT, _softmax, "softmax(s Q Kᵀ + 1 (log B)ᵀ) V"),
-        Form(
-            "causal_weighted_softmax",
-            (Q, K, V, B, CAUSAL),
-            ("s",),
-            _OUT,
-            _softmax,
-            "softmax(s Q Kᵀ + 1 (log B)ᵀ, causal) V",
-        ),
-        Form("band_softmax", (Q, K, V, BAND), ("s",), _OUT, _softmax, "softmax(s Q Kᵀ) V, near pairs apart"),
-        Form(
-            "band_weighted_softmax",
-            (Q, K, V, B, BAND),
-            ("s",),
-            _OUT,
-            _softmax,
-            "softmax(s Q Kᵀ + 1 (log B)ᵀ) V, near pairs apart",
-        ),
-        Form("paper", (X, W, W_V), (), (TOKEN, VALUE), _paper, "softmax(X W Xᵀ) X W_V"),
-        Form("exponential", (Q, K, V), (), _OUT, _exponential, "exp(Q Kᵀ) V"),
-        Form("square", (Q, K, V), (), _OUT, _square, "(1 + Q Kᵀ)² V"),
+        *(softmax(mask, key_bias) for key_bias in (False, True) for mask in MASKS),
+        PAPER,
+        EXPONENTIAL,
+        SQUARE,
     )
 }
+"""All forms, by name."""

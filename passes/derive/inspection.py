@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import sympy
 
-from polyattn.codegen import target
+from polyattn.codegen import targets
 from polyattn.passes.derive.derive import Step, derive
-from polyattn.passes.derive.forms import softmax_form
+from polyattn.passes.derive.forms import Form
 from polyattn.passes.derive.kernels import exact_plan, kernels
 from polyattn.passes.derive.log import Log, formulas
 from polyattn.rewriter.planning.order import plan
 from polyattn.rewriter.planning.plan import walk
+from polyattn.rewriter.rules.rule import ApproximateRule
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class Derivation:
     """
 
     steps: tuple[Step, ...]
-    form: str
-    degree: int | None
+    form: Form
+    rule: ApproximateRule
     gradient: str
     shape: Mapping[str, int] | None = None
 
@@ -36,14 +37,14 @@ class Derivation:
         found["exact forward"] = dense.cost(["O"])
         found["exact backward"] = dense.cost(_gradients(dense.outputs), walk([dense.outputs["O"]]))
         for gradient in ("consistent", "substituted"):
-            made = plan(derive(self.form, self.degree, gradient)[-1].program)
+            made = plan(derive(self.form, self.rule, gradient)[-1].program)
             found["low-rank forward"] = made.cost(["O"])
             found[f"{gradient} backward"] = made.cost(_gradients(made.outputs), walk([made.outputs["O"]]))
         return found
 
     def __str__(self) -> str:
-        others = {name: derive(self.form, self.degree, name)[-1].program for name in ("consistent", "substituted")}
-        log = Log(self.form, self.degree, self.gradient)
+        others = {name: derive(self.form, self.rule, name)[-1].program for name in ("consistent", "substituted")}
+        log = Log(self.form, self.rule, self.gradient)
         return log.write(self.steps, others, self.costs(), self.shape)
 
     def latex(self) -> str:
@@ -59,32 +60,20 @@ def _gradients(outputs: Mapping[str, object]) -> list[str]:
     return [name for name in outputs if name != "O"]
 
 
-def derivation(
-    *,
-    causal: bool,
-    degree: int | None,
-    gradient: str,
-    shape: Mapping[str, int] | None = None,
-    weighted: bool = False,
-    band: bool = False,
-) -> Derivation:
-    """The derivation of softmax attention; ``str`` of it is the readable log, with numbers if a shape is given.
+def derivation(form: Form, rule: ApproximateRule, gradient: str, shape: Mapping[str, int] | None = None) -> Derivation:
+    """The derivation of a form; ``str`` of it is the readable log, with numbers if a shape is given.
 
-    ``weighted``: with weights of the keys, as centred queries leave them; ``band``: without a mask,
-    with an exact near field.
+    Args:
+        form: one of ``passes/derive/forms.py``, such as ``softmax(CAUSAL)``.
+        rule: what stands in place of exp, such as ``PolynomialRule(2)``.
+        gradient: ``consistent``, ``substituted`` or ``projected``.
+        shape: sizes ``n_q``, ``n_k``, ``d``, ``e`` and ``chunk``.
     """
-    return derivation_of(softmax_form(causal, weighted, band), degree, gradient, shape)
+    return Derivation(derive(form, rule, gradient), form, rule, gradient, shape)
 
 
-def derivation_of(form: str, degree: int | None, gradient: str, shape: Mapping[str, int] | None = None) -> Derivation:
-    """The derivation of any form of ``passes/derive/forms.py``."""
-    return Derivation(derive(form, degree, gradient), form, degree, gradient, shape)
-
-
-def sources(
-    *, causal: bool, degree: int | None, gradient: str, weighted: bool = False, band: bool = False
-) -> dict[str, str]:
+def sources(form: Form, rule: ApproximateRule, gradient: str) -> dict[str, str]:
     """Texts by name: ``forward.specification``, ``forward.cpu``, ``forward.triton``, and the same of ``backward``."""
-    made = kernels(causal, degree, gradient, weighted, band)
+    made = kernels(form, rule, gradient)
     specs = {"forward": made.forward, "backward": made.backward(("dQ", "dK", "dV"))}
-    return {f"{name}.{kind}": text for name, spec in specs.items() for kind, text in target.sources(spec).items()}
+    return {f"{name}.{kind}": text for name, spec in specs.items() for kind, text in targets.sources(spec).items()}

@@ -9,15 +9,15 @@ from dataclasses import dataclass, field, replace
 import sympy
 
 from polyattn.codegen.schedule import schedule, substitute
-from polyattn.codegen.spec import NEAR, KernelSpec
+from polyattn.codegen.spec import KernelSpec
 from polyattn.errors import ScheduleError
-from polyattn.passes.derive.derive import derive, exact
-from polyattn.passes.derive.forms import softmax_form
+from polyattn.passes.derive.derive import after, derive, exact_pipeline
+from polyattn.passes.derive.forms import Form, softmax
 from polyattn.rewriter.algebra.tensor import E1, E
+from polyattn.rewriter.masks.mask import CAUSAL, NONE, Mask
 from polyattn.rewriter.planning.order import plan
 from polyattn.rewriter.planning.plan import Node, Plan, cost, node
-from polyattn.rewriter.rules.exact import absorb
-from polyattn.rewriter.rules.stack import stack
+from polyattn.rewriter.rules.rule import ApproximateRule
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Kernels:
     plan: Plan
     forward: KernelSpec
     saved: tuple[tuple[Node, Node], ...]
-    mask: str
+    mask: Mask
+    rule: ApproximateRule
     backwards: dict[tuple[str, ...], KernelSpec] = field(default_factory=dict, repr=False, compare=False)
     """Those that have been asked for."""
 
@@ -40,7 +41,7 @@ class Kernels:
         if names not in self.backwards:
             known = dict(self.saved)
             outputs = {name: substitute(self.plan.outputs[name], known) for name in names}
-            self.backwards[names] = schedule("backward", outputs, self.mask)
+            self.backwards[names] = schedule("backward", outputs, self.mask, self.rule)
         return self.backwards[names]
 
     def cost(self, few_values: bool = False) -> sympy.Expr:
@@ -71,9 +72,9 @@ def saved_by_forward(made: Plan) -> dict[Node, Node]:
 
 
 @functools.cache
-def exact_plan(form: str) -> Plan:
+def exact_plan(form: Form) -> Plan:
     """The plan of a form and its gradients with nothing approximated, ordered and stacked like any other."""
-    return plan(stack(absorb(exact(form))))
+    return plan(after(exact_pipeline(form)))
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,9 @@ class ExactNodes:
 
 
 @functools.cache
-def exact_nodes(causal: bool) -> ExactNodes:
+def exact_nodes(mask: Mask) -> ExactNodes:
     """What exact attention is computed from where its pairs of tokens are few (runtime/rectangle.py)."""
-    made = exact_plan(softmax_form(causal))
+    made = exact_plan(softmax(CAUSAL if mask.hides else NONE))
     known = saved_by_forward(made)
     denominator = next(n for n, read in known.items() if read.attr == "D")
     numerator = next(n for n, read in known.items() if read.op == "contract")
@@ -97,7 +98,7 @@ def exact_nodes(causal: bool) -> ExactNodes:
     )
 
 
-def exact_cost(form: str) -> sympy.Expr:
+def exact_cost(form: Form) -> sympy.Expr:
     """FLOPs per head of exact attention, forward and a backward that computes the scores again (math.md §7)."""
     made = exact_plan(form)
     known = saved_by_forward(made)
@@ -106,15 +107,12 @@ def exact_cost(form: str) -> sympy.Expr:
 
 
 @functools.cache
-def kernels(causal: bool, degree: int | None, gradient: str, weighted: bool = False, band: bool = False) -> Kernels:
-    """The kernels of softmax attention, derived once per (causal, degree, gradient, weights of the keys, band).
-
-    ``degree`` None: skeleton features. ``band``: without a mask, keys in a query's chunk and next to it stay exact.
-    """
-    mask = "causal" if causal else "band" if band else "none"
-    made = plan(derive(softmax_form(causal, weighted, band), degree, gradient)[-1].program)
-    made = replace(made, near=NEAR[mask])
+def kernels(form: Form, rule: ApproximateRule, gradient: str) -> Kernels:
+    """The kernels of a form of softmax attention, derived once for each rule and gradient."""
+    made = plan(derive(form, rule, gradient)[-1].program)
+    made = replace(made, near=form.mask.near_chunks)
     known = saved_by_forward(made)
     denominator = next(n for n, read in known.items() if read.attr == "D")
     outputs = {"O": made.outputs["O"], "D": denominator}
-    return Kernels(made, schedule("forward", outputs, mask), tuple(known.items()), mask)
+    forward = schedule("forward", outputs, form.mask, rule)
+    return Kernels(made, forward, tuple(known.items()), form.mask, rule)

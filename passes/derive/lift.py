@@ -20,7 +20,8 @@ from torch import fx
 from polyattn.errors import LiftError
 from polyattn.rewriter.algebra import expr as ir
 from polyattn.rewriter.algebra.expr import Def, Expr, Factor, Kind, Map, Poly, Program, Tensor, Term
-from polyattn.rewriter.rules.exact import inline_pairs, is_pair
+from polyattn.rewriter.algebra.programs import is_pair
+from polyattn.rewriter.rules.inline import inline_pairs
 
 aten = torch.ops.aten
 

@@ -15,18 +15,18 @@ import sympy
 
 from polyattn.errors import RewriteError
 from polyattn.passes.derive.derive import Step
-from polyattn.passes.derive.forms import FORMS
+from polyattn.passes.derive.forms import Form
 from polyattn.rewriter.algebra import expr as ir
 from polyattn.rewriter.algebra.expr import Expr, Factor, Program, Term
-from polyattn.rewriter.algebra.tensor import Indicator, Kind, Leaf, Map, Poly, R, Tensor
-from polyattn.rewriter.families.skeleton.rule import M
+from polyattn.rewriter.algebra.tensor import Indicator, Kind, Leaf, Map, Poly, Tensor
 from polyattn.rewriter.notation import printer
 from polyattn.rewriter.notation.recipe import Block, Recipe, recipe
 from polyattn.rewriter.notation.recipe import Step as Line
-from polyattn.rewriter.notation.symbols import LATEX, SUBSCRIPTS
+from polyattn.rewriter.notation.symbols import LATEX
 from polyattn.rewriter.planning import cost
 from polyattn.rewriter.planning.cost import write, write_leading
 from polyattn.rewriter.planning.order import plan
+from polyattn.rewriter.rules.rule import ApproximateRule
 
 WIDTH = 118
 _RATIO = ("substituted", "consistent")
@@ -40,10 +40,10 @@ def formulas(program: Program) -> list[str]:
 
 @dataclass(frozen=True)
 class Log:
-    """Writes the log of one form, degree and gradient."""
+    """Writes the log of one form, rule and gradient."""
 
-    form: str
-    degree: int | None
+    form: Form
+    rule: ApproximateRule
     gradient: str
 
     def write(
@@ -70,20 +70,10 @@ class Log:
         return "\n".join(line.rstrip() for line in lines)
 
     def _head(self) -> list[str]:
-        g = self.degree
-        if g is None:
-            family = "skeleton features"
-            features = "LK and LQ are m landmarks of keys and of queries, Z is the core; all are constants."
-        else:
-            ranks = [
-                f"Φ{str(m).translate(SUBSCRIPTS)} has {name} = C(d+{m}, {m}) columns"
-                for m, name in ((g, "r"), (g - 1, "r′"))
-                if m > 0
-            ]
-            family, features = f"degree {g}", f"Monomials of a row: {'; '.join(ranks)}."
         text = [
-            f"derivation of {FORMS[self.form].text}: {family}, {self.gradient} gradient",
-            f"Per head: n tokens, queries and keys of width d, values of width e, cotangent G of O. {features}",
+            f"derivation of {self.form.text}: {self.rule.title}, {self.gradient} gradient",
+            "Per head: n tokens, queries and keys of width d, values of width e, cotangent G of O. "
+            f"{self.rule.features_note}",
             "A product a b binds before ∘ (elementwise) and ⊘ (row-wise Kronecker); parentheses are computed first; "
             "1 is a column of ones; a hat marks one column more.",
             "FLOPs are those of the program as it stands, in the best order that the planner finds for it.",
@@ -106,7 +96,7 @@ class Log:
                 total, square = made.cost(), True
             except RewriteError as second:
                 return textwrap.wrap(f"FLOPs of {what}: no order: {second}", WIDTH, initial_indent="   ")
-        lines = [f"   FLOPs of {what}: {write_leading(total, self.degree)}"]
+        lines = [f"   FLOPs of {what}: {write_leading(total, self.rule.growth)}"]
         lines += _wrapped(["= " + write(total)], "      ")
         if reason:
             lines[0] += "   (n × n matrices)"
@@ -136,7 +126,7 @@ class Log:
             (f"{step.name.text} = {step.tree}{_running(step)}", write(step.flops) if step.flops != 0 else "")
             for step in block.steps
         ]
-        rows.append(("sum", write_leading(block.flops, self.degree)))
+        rows.append(("sum", write_leading(block.flops, self.rule.growth)))
         wide = max(_width(row[0]) for row in rows)
         return [f"{_padded(left, wide)}   {right}".rstrip() for left, right in rows]
 
@@ -144,21 +134,21 @@ class Log:
         lines = ["the largest state (a value without a token axis)"]
         for name, made in recipes.items():
             states = [step for b in made.blocks for step in b.steps if not any(k.token for k in step.axes)]
-            largest = max(states, key=lambda s: cost.weight([k.size for k in s.axes], self.degree))
+            largest = max(states, key=lambda s: cost.weight([k.size for k in s.axes], self.rule.growth))
             lines.append(f"  {name}: {largest.name.text} = {largest.tree}, {_shape(largest.axes)}")
         lines += ["", "totals, FLOPs per head; a backward is given all that the forward computed"]
         wide = max(map(len, costs))
         for name, value in costs.items():
-            lines.append(f"  {name.ljust(wide)}  {write_leading(value, self.degree)}")
+            lines.append(f"  {name.ljust(wide)}  {write_leading(value, self.rule.growth)}")
             lines += _wrapped(["= " + write(value)], " " * (wide + 4))
-        r = M if self.degree is None else R
-        heavy = [cost.leading(costs[f"{name} backward"].coeff(r) * r, self.degree) for name in _RATIO]
+        r = self.rule.rank
+        heavy = [cost.leading(costs[f"{name} backward"].coeff(r) * r, self.rule.growth) for name in _RATIO]
         ratio = _quotient(sympy.cancel(heavy[0] / heavy[1]))
         lines.append(f"  {' / '.join(_RATIO)} backward, leading terms in {r}: {ratio}")
         return lines
 
     def _numbers(self, costs: Mapping[str, sympy.Expr], shape: Mapping[str, int]) -> list[str]:
-        sizes = cost.sizes(shape, self.degree)
+        sizes = cost.sizes(shape, self.rule.ranks(shape))
         used = {s for value in costs.values() for s in value.free_symbols}
         lines = ["in numbers, " + ", ".join(f"{s} = {sizes[s]}".replace("'", "′") for s in sizes if s in used)]
         wide = max(map(len, costs))

@@ -53,6 +53,7 @@ def same_sizes(a: Any, b: Any) -> bool:
 
 
 def one(size: Any) -> bool:
+    """Whether a size is known to be 1 when compiling; adds no guard."""
     return bool(statically_known_true(size == 1))
 
 
@@ -73,6 +74,7 @@ def _positive(value: sympy.Expr, bounds: Callable[[sympy.Expr], Any]) -> bool:
 
 
 def shape(node: fx.Node) -> tuple[Any, ...]:
+    """The shape of a node's value, sizes possibly symbolic."""
     return tuple(node.meta["val"].shape)
 
 

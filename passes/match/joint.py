@@ -74,6 +74,7 @@ class Way:
     """Masks that set it to zero on the way, canonical (:func:`canonical`) and as (query, key)."""
 
     def scaled(self, factor: float | tuple[fx.Node, int]) -> Way:
+        """The way with one more factor: a number, or a dynamic size and its power."""
         if isinstance(factor, tuple):
             return dataclasses.replace(self, sizes=(*self.sizes, factor))
         return dataclasses.replace(self, scale=self.scale * factor)
@@ -106,6 +107,7 @@ class Reader:
 
     @property
     def result(self) -> Operand:
+        """The gradient that the last product of the way yields."""
         return Operand(self.user, transposed=not self.left)
 
 

@@ -30,9 +30,11 @@ class Step:
 
     @staticmethod
     def constant(value: Value) -> Step:
+        """The step function with one value everywhere."""
         return Step(((INFINITE, value),))
 
     def simplified(self) -> Step:
+        """The same function with neighbouring pieces of one value joined."""
         pieces: list[tuple[float, Value]] = []
         for bound, value in self.pieces:
             if pieces and _same(pieces[-1][1], value):
@@ -42,6 +44,7 @@ class Step:
         return Step(tuple(pieces))
 
     def at(self, offset: float) -> Value:
+        """The value at an offset ``j - i``."""
         return next(value for bound, value in self.pieces if offset <= bound)
 
     def transposed(self) -> Step:
@@ -61,6 +64,7 @@ class Step:
 
     @property
     def is_constant(self) -> bool:
+        """Whether the function has one piece."""
         return len(self.pieces) == 1
 
 
@@ -72,6 +76,7 @@ class Index:
     constant: int = 0
 
     def plus(self, other: Index, sign: int) -> Index:
+        """The sum of two positions (``sign`` 1) or their difference (-1)."""
         table = dict(self.coefficients)
         for axis, coefficient in other.coefficients:
             table[axis] = table.get(axis, 0) + sign * coefficient

@@ -53,7 +53,7 @@ def meaning(node: Any) -> Meaning:
 
 
 def step(node: Any) -> Step:
-    """As :func:`meaning`, but it must be a function of the offset alone."""
+    """The meaning of a node that must be a function of the offset alone; see :func:`meaning`."""
     value = meaning(node)
     if isinstance(value, Index):
         if not value.coefficients:

@@ -128,6 +128,11 @@ def dropout_rate(node: fx.Node) -> float:
 
 
 def check_upcast(source: fx.Node, node: fx.Node) -> None:
+    """Refuse a cast of the scores to a dtype that holds fewer digits.
+
+    Raises:
+        NotAttention: the dtype is narrower than, or another one as wide as, that of the source.
+    """
     old, new = source.meta["val"].dtype, node.meta["val"].dtype
     if not new.is_floating_point or new.itemsize < old.itemsize or (new.itemsize == old.itemsize and new != old):
         raise NotAttention(f"the scores are cast from {old} to {new}", node)

@@ -42,20 +42,24 @@ class Operand:
 
     @property
     def value(self) -> torch.Tensor:
+        """The fake tensor that tracing left: its shape, dtype, device and strides."""
         value = self.node.meta["val"]
         assert isinstance(value, torch.Tensor)
         return value
 
     @property
     def batch(self) -> tuple[Any, ...]:
+        """Sizes of the leading axes."""
         return tuple(self.value.shape[:-2])
 
     @property
     def tokens(self) -> Any:
+        """Number of tokens, possibly symbolic."""
         return self.value.shape[-1 if self.transposed else -2]
 
     @property
     def features(self) -> Any:
+        """Width of a token's row, possibly symbolic."""
         return self.value.shape[-2 if self.transposed else -1]
 
 
@@ -71,6 +75,7 @@ class Gradients:
 
     @property
     def given(self) -> tuple[Operand | None, ...]:
+        """dq, dk and dv in this order, None where the graph has none."""
         return self.dq, self.dk, self.dv
 
 

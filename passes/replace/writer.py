@@ -47,6 +47,7 @@ class Writer:
         self.meta = {key: node.meta[key] for key in META if key in node.meta}
 
     def call(self, target: Callable[..., Any], *args: Any) -> fx.Node:
+        """Add a call before the node whose place it takes; returns the new node."""
         with self.node.graph.inserting_before(self.node):
             made = self.node.graph.call_function(target, args)
         made.meta.update(self.meta)
@@ -66,6 +67,7 @@ class ValuedWriter(Writer):
         self.regions = autocast_regions(node)
 
     def call(self, target: Callable[..., Any], *args: Any) -> fx.Node:
+        """Add a call before the node whose place it takes; returns the new node."""
         made = super().call(target, *args)
         values = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
         with contextlib.ExitStack() as stack:
@@ -76,6 +78,7 @@ class ValuedWriter(Writer):
         return made
 
     def permute(self, node: fx.Node, order: Sequence[int]) -> fx.Node:
+        """A node with its axes in another order; itself where the order is the present one."""
         if list(order) == list(range(len(order))):
             return node
         return self.call(torch.ops.aten.permute.default, node, list(order))

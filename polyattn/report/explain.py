@@ -24,10 +24,12 @@ from polyattn.options import Options
 from polyattn.report.model import Report, SiteReport
 from polyattn.report.plots import Samples
 from polyattn.report.sampling import sample, with_gradients
-from polyattn.runtime import guard, replay
-from polyattn.runtime.execute import Setting
-from polyattn.runtime.guard import SiteState
-from polyattn.runtime.observe import watching
+from polyattn.rewriter.families.family import Fit
+from polyattn.rewriter.masks.mask import Mask
+from polyattn.runtime import registry, replay
+from polyattn.runtime.observe import observing
+from polyattn.runtime.registry import Entry
+from polyattn.site_plan import SitePlan
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -40,7 +42,7 @@ def explain(
     samples: int = 64,
     **kwargs: Any,
 ) -> Report:
-    """What polyattn does to the attention of a model, decided by running it once on these inputs.
+    """Report what polyattn does to the attention of a model, decided by running it once on these inputs.
 
     Args:
         model: a module or a function, compiled or not.
@@ -50,8 +52,8 @@ def explain(
         backward: "auto" runs the backward as well when an output requires grad; True and False decide it. It is that
         of the sum of the outputs, each with fixed weights over its last axis: a plain sum after a normalisation has no
         gradient.
-        samples: so many rows of each low-rank attention are compared with exact attention's (``SiteReport.samples``);
-        0: none. It costs a few forwards more.
+        samples: number of rows of each low-rank attention that are compared with exact attention's
+        (``SiteReport.samples``); 0: none. It costs a few forwards more.
 
     Returns:
         one report over all graphs of the model (``Report.graphs`` > 1 means graph breaks).
@@ -79,7 +81,7 @@ def explain(
 
     target = getattr(model, "_orig_mod", model)
     sampler = _Sampler(known, chosen, samples)
-    with _isolated(target), watching(sampler) if samples else contextlib.nullcontext():
+    with _isolated(target), observing(sampler) if samples else contextlib.nullcontext():
         inputs, named = pytree.tree_map(_copy, (args, kwargs))
         compiled = torch.compile(target, backend=backend, **_SEPARATE)
         outputs = compiled(*inputs, **named)
@@ -93,9 +95,9 @@ def explain(
 class _Seen:
     """The last low-rank call of a state."""
 
-    site: str
-    state: SiteState
-    setting: Setting
+    place: str
+    """The site, as :func:`polyattn.runtime.registry.place` names it."""
+    plan: SitePlan
     shapes: tuple[torch.Size, ...]
     mark: torch.Tensor
     """Some elements of its q, k and v, by which its backward is known: a compiler may have made them anew."""
@@ -103,55 +105,58 @@ class _Seen:
 
 
 class _Sampler:
-    """Watches the calls of some sites and keeps samples of the last low-rank one of each state; no tensor of a call."""
+    """Observes the calls of some sites and keeps samples of the last low-rank one of each state, but no tensor of a
+    call."""
 
     def __init__(self, known: Callable[[str], bool], options: Options, rows: int) -> None:
         self._known, self._options, self._rows = known, options, rows
         self._lock = threading.Lock()
-        self._seen: dict[int, _Seen] = {}
-        """By the identity of the state."""
+        self._seen: dict[Entry, _Seen] = {}
 
-    def _generator(self, site: str, what: str) -> torch.Generator:
-        return torch.Generator().manual_seed(guard.seed(self._options, guard.place(site), what))
+    def _generator(self, place: str, what: str) -> torch.Generator:
+        return torch.Generator().manual_seed(registry.seed(self._options, place, what))
 
     def forward(
-        self, site: str, state: SiteState, tensors: Tensors, out: torch.Tensor, setting: Setting | None
+        self, entry: Entry, tensors: Tensors, out: torch.Tensor, plan: SitePlan | None, fit: Fit | None
     ) -> None:
-        if not self._known(site):
+        """Sample a low-rank call; forget the samples of a state that has become exact."""
+        if not self._known(entry.key.site):
             return
-        if setting is None:
+        if plan is None:
             with self._lock:
-                self._seen.pop(id(state), None)
+                self._seen.pop(entry, None)
             return
         with self._lock:
-            if replay.inside_backward() and id(state) in self._seen:
+            if replay.inside_backward() and entry in self._seen:
                 return  # a checkpoint runs a call again
-        taken = sample(0, tensors, out, setting, self._rows, self._generator(site, "samples"))
+        place = entry.key.place
+        taken = sample(0, tensors, out, plan, fit, self._rows, self._generator(place, "samples"))
         mark = replay.fingerprint(*tensors)
         with self._lock:
-            self._seen.pop(id(state), None)  # the last call comes last
-            self._seen[id(state)] = _Seen(site, state, setting, tuple(x.shape for x in tensors), mark, taken)
+            self._seen.pop(entry, None)  # the last call comes last
+            self._seen[entry] = _Seen(place, plan, tuple(x.shape for x in tensors), mark, taken)
 
     def backward(
-        self, g: torch.Tensor, tensors: Sequence[torch.Tensor], causal: bool, gradients: Sequence[torch.Tensor | None]
+        self, g: torch.Tensor, tensors: Sequence[torch.Tensor], mask: Mask, gradients: Sequence[torch.Tensor | None]
     ) -> None:
+        """Add the errors of a backward's gradients to the samples of its forward."""
         q, k, v = tensors
-        seen = self._matching((q, k, v), causal)
+        seen = self._matching((q, k, v), mask)
         if seen is None:
             return
-        generator = self._generator(seen.site, "gradients")
-        taken = with_gradients(seen.samples, g, (q, k, v), gradients, seen.setting, generator)
+        generator = self._generator(seen.place, "gradients")
+        taken = with_gradients(seen.samples, g, (q, k, v), gradients, seen.plan, generator)
         with self._lock:
             seen.samples = taken
 
-    def _matching(self, tensors: Tensors, causal: bool) -> _Seen | None:
+    def _matching(self, tensors: Tensors, mask: Mask) -> _Seen | None:
         """The last call with these tensors whose gradients were not seen yet: backwards run in reverse order."""
         shapes = tuple(x.shape for x in tensors)
         with self._lock:
             open_calls = [seen for seen in self._seen.values() if not seen.samples.gradients]
         mark = None
         for seen in reversed(open_calls):
-            if seen.shapes != shapes or seen.setting.causal != causal or seen.mark.device != tensors[0].device:
+            if seen.shapes != shapes or seen.plan.mask.hides != mask.hides or seen.mark.device != tensors[0].device:
                 continue
             mark = replay.fingerprint(*tensors) if mark is None else mark
             if float((mark - seen.mark).norm()) <= replay.NEAR[tensors[0].dtype] * float(seen.mark.norm()):
@@ -161,7 +166,7 @@ class _Sampler:
     def of(self, site: SiteReport) -> tuple[Samples, ...]:
         """The samples of a site, in the order of its states."""
         with self._lock:
-            found = [(number, self._seen.get(id(state))) for number, state in enumerate(site.states)]
+            found = [(number, self._seen.get(entry)) for number, entry in enumerate(registry.entries(site.identifier))]
         return tuple(dataclasses.replace(seen.samples, state=number) for number, seen in found if seen is not None)
 
 
@@ -172,7 +177,7 @@ def _eager_unless_told(options: Options | Mapping[str, Any] | None) -> Options:
 
 
 def _copy(value: Any) -> Any:
-    """A tensor argument that the run may write to without touching the caller's."""
+    """Copy a tensor argument, so that the run may write to it without touching the caller's."""
     if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
         return value
     return value.detach().clone().requires_grad_(value.requires_grad)
@@ -194,7 +199,7 @@ def _run_backward(model: Any, outputs: Any, inputs: Any, backward: bool | str) -
 
 
 def _weighted(value: torch.Tensor) -> torch.Tensor:
-    """Times fixed weights over the last axis, from 1/2 to 3/2."""
+    """The value times fixed weights over its last axis, from 1/2 to 3/2."""
     if value.ndim == 0:
         return value
     weights = torch.rand(value.shape[-1], generator=torch.Generator().manual_seed(0)) + 0.5
@@ -225,7 +230,7 @@ def _graph_leaves(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 @contextlib.contextmanager
 def _isolated(model: Any) -> Iterator[None]:
-    """Random generators and buffers as before; compiled code of this run does not count against later
+    """Leave random generators and buffers as they were; compiled code of this run does not count against later
     recompilations."""
     buffers = list(model.buffers()) if isinstance(model, torch.nn.Module) else []
     saved = [buffer.detach().clone() for buffer in buffers]

@@ -7,37 +7,34 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
-from polyattn.codegen.evaluate import Evaluation, block_length
-from polyattn.passes.derive.kernels import kernels
-from polyattn.rewriter.families.polynomial.monomials import full, rank
-from polyattn.rewriter.families.polynomial.rule import Approximation
-from polyattn.runtime.centring import move
+from polyattn.codegen.evaluate import Evaluation
+from polyattn.codegen.target import block_length
+from polyattn.runtime.centring import centre
+from polyattn.site_plan import SitePlan
 
 
-def graphs(
-    *,
-    causal: bool,
-    degree: int,
-    gradient: str,
-    shape: Mapping[str, int],
-    scale: float,
-    chunk: int | None,
-    shift: str = "none",
-    band: bool = False,
-) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Runnable aten graphs of the rewritten forward (Q, K, V → O, D) and backward (… G, O, D → dQ, dK, dV).
+def possible(plan: SitePlan) -> bool:
+    """True where :func:`graphs` can be made: nothing is fitted to the tensors of a call, or chosen from them."""
+    return not (plan.family.fitted or plan.outliers or plan.projection)
 
-    Their inputs are [heads, groups, n_q, ·] and [heads, n_k, ·] float32; loops over blocks stand unrolled.
-    ``chunk`` is the chunk length of a causal site, None without a mask; ``shift`` one of ``codegen.shift.STATISTICS``.
+
+def graphs(plan: SitePlan, shape: Mapping[str, int]) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Trace the rewritten forward (Q, K, V → O, D) and backward (Q, K, V, G, O, D → dQ, dK, dV) of a plan.
+
+    Tensors are float32: Q [heads, groups, n_q, d], K [heads, n_k, d], V [heads, n_k, e], G and O [heads, groups, n_q,
+    e], D [heads, groups, n_q], where heads are key heads of all batch elements. Loops over blocks stand unrolled.
+
+    Args:
+        plan: one of which graphs are :func:`possible`.
+        shape: batch, heads, kv_heads, n_q, n_k, d and e.
     """
     from functorch import make_fx
 
-    made = kernels(causal, degree, gradient, shift != "none", band)
-    d, e = shape["d"], shape["e"]
+    made, family, d, e = plan.kernels, plan.family, shape["d"], shape["e"]
     heads, groups = shape["batch"] * shape["kv_heads"], shape["heads"] // shape["kv_heads"]
-    scalars = {"s": scale, **Approximation(degree).values}
-    basis = full(d, degree)
-    block = chunk if chunk is not None else block_length(rank(basis), groups)
+    scalars = {"s": plan.scale, **family.bind(None, d).scalars}
+    basis = family.basis(d)
+    block = plan.chunk if plan.mask.chunked else block_length(family.features(d), groups)
     q, k, v = (
         torch.zeros(heads, groups, shape["n_q"], d),
         torch.zeros(heads, shape["n_k"], d),
@@ -46,16 +43,16 @@ def graphs(
     g, denominators = torch.zeros(heads, groups, shape["n_q"], e), torch.ones(heads, groups, shape["n_q"])
 
     def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        inputs = {"V": v, **move(q, k, scale, shift, chunk or 0).inputs}
+        inputs = {"V": v, **centre(q, k, plan).inputs}
         result = Evaluation(made.forward, inputs, scalars, basis, block).run()
         return result["O"], result["D"]
 
     def backward(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         inputs = dict(zip(("Q", "K", "V", "G", "O", "D"), tensors, strict=True))
-        moved = move(inputs["Q"], inputs["K"], scale, shift, chunk or 0)
-        inputs.update(moved.inputs)
-        names = ("dQ", "dK", "dV", *(["dB"] if "B" in moved.inputs else []))
+        centred = centre(inputs["Q"], inputs["K"], plan)
+        inputs.update(centred.inputs)
+        names = ("dQ", "dK", "dV", *(["dB"] if "B" in centred.inputs else []))
         result = Evaluation(made.backward(names), inputs, scalars, basis, block).run()
-        return result["dQ"], moved.key_gradient(result["dK"], result.get("dB"), scale), result["dV"]
+        return result["dQ"], centred.key_gradient(result["dK"], result.get("dB"), plan.scale), result["dV"]
 
     return make_fx(forward)(q, k, v), make_fx(backward)(q, k, v, g, torch.zeros_like(g), denominators)

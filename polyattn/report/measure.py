@@ -17,11 +17,12 @@ import torch.nn.functional as F
 
 from polyattn.errors import DeviceError, DtypeError, OptionValueError, ShapeError
 from polyattn.options import Options
-from polyattn.runtime import guard, ops
+from polyattn.rewriter.masks.mask import CAUSAL, NONE, Mask
+from polyattn.runtime import ops, registry
 
 SITE = "polyattn.measure"
 QUANTILE = 0.985
-"""Of the rows of a head, the part that stays within ``Errors.additive``."""
+"""The part of the rows of a head that stays within ``Errors.additive``."""
 TINY = 1e-300
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -33,23 +34,27 @@ class Errors:
     additive: torch.Tensor
     """98.5 % of the rows are within this, in the additive unit."""
     additive_max: torch.Tensor
-    """The worst row's."""
+    """The error of the worst row, in the additive unit."""
     relative: torch.Tensor
+    """The relative errors."""
     dq: torch.Tensor | None = None
-    """None without a gradient of the output."""
+    """Relative error of the gradient by the queries; None without a gradient of the output."""
     dk: torch.Tensor | None = None
+    """Relative error of the gradient by the keys."""
     dv: torch.Tensor | None = None
+    """Relative error of the gradient by the values."""
     cotangent: str = "none"
-    """Which gradient of the output: ``smooth``, ``white``, ``given`` or ``none``."""
+    """The gradient of the output: ``smooth``, ``white``, ``given`` or ``none``."""
     verdict: str = ""
-    """``low_rank`` or ``exact``: what ran, with the reason; empty for outputs of another origin."""
+    """``low_rank`` or ``exact``: what ran; empty for outputs of another origin."""
     reason: str = ""
+    """Why that ran."""
     exact_rows: int = 0
     """Rows of all heads that the low-rank form had to compute exactly."""
 
     @classmethod
     def of(cls, out: torch.Tensor, exact: torch.Tensor, v: torch.Tensor) -> Errors:
-        """Errors of any output against exact attention's, without gradients.
+        """Measure any output against exact attention's, without gradients.
 
         Args:
             out, exact: [batch, heads, n_q, e]; v: [batch, kv_heads, n_k, e]; all taken to float64.
@@ -73,7 +78,7 @@ class Errors:
         return cls(quantile.cpu(), rows.amax(-1).cpu(), relative.cpu())
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable; tensors become nested lists."""
+        """The errors as JSON-serialisable values; tensors become nested lists."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: x.tolist() if isinstance(x, torch.Tensor) else x for name, x in values.items()}
 
@@ -115,7 +120,7 @@ def measure(
     options: Options | Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> Errors:
-    """Errors of low-rank attention, and of its gradients, against torch's exact attention in float64.
+    """Measure low-rank attention, and its gradients, against torch's exact attention in float64.
 
     It runs the operator once, as a first call: what is fitted is fitted to these tensors, and forgotten. Exact
     attention is quadratic in n. Torch's random generators are left alone.
@@ -136,11 +141,12 @@ def measure(
     opts = options if isinstance(options, Options) else Options.make({**low, **(options or {})})
     _check(q, k, v, g, seed)
     factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    mask = CAUSAL if causal else NONE
     owner = torch.zeros(1)  # its memory tells this call's state from all others while it lives
     try:
         with torch.inference_mode(False), torch.enable_grad():
             leaves = [x.detach().clone().requires_grad_(g is not None) for x in (q, k, v)]
-            wanted, cotangent, gradients = _exact(cast("Tensors", tuple(leaves)), g, causal, factor, seed)
+            wanted, cotangent, gradients = _exact(cast("Tensors", tuple(leaves)), g, mask, factor, seed)
             out = torch.ops.polyattn.attention(*leaves, [owner], factor, causal, SITE, opts.key(), ops.VERSION)[0]
             found = Errors.of(out, wanted, v)
             if cotangent is not None:
@@ -149,9 +155,11 @@ def measure(
                 kind = g if isinstance(g, str) else "given"
                 found = dataclasses.replace(found, dq=dq, dk=dk, dv=dv, cotangent=kind)
     finally:
-        state = guard.forget(SITE, (owner.data_ptr(),))
+        state = registry.forget(SITE, (owner.data_ptr(),))
     assert state is not None, "the call has tokens, so that it was decided on"
-    return dataclasses.replace(found, verdict=state.verdict, reason=state.reason, exact_rows=state.exact_rows)
+    return dataclasses.replace(
+        found, verdict=state.verdict, reason=state.decision.reason, exact_rows=state.counters.exact_rows
+    )
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | str | None, seed: int) -> None:
@@ -179,9 +187,13 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | 
 
 
 def _exact(
-    leaves: Tensors, g: torch.Tensor | str | None, causal: bool, scale: float, seed: int
+    leaves: Tensors, g: torch.Tensor | str | None, mask: Mask, scale: float, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor | None, Tensors]:
-    """Exact attention's output, the gradient of the output and those of q, k and v, a key head at a time; float64."""
+    """Compute exact attention a key head at a time, in float64.
+
+    Returns:
+        the output [batch, heads, n_q, e], its gradient (None without one), and the gradients of q, k and v.
+    """
     q, k, v = leaves
     groups = q.shape[1] // k.shape[1]
     out = q.new_empty(*q.shape[:3], v.shape[-1], dtype=torch.float64)
@@ -201,7 +213,7 @@ def _exact(
             parts = [x.detach()[b : b + 1].double() for x in (q[:, mine], k[:, theirs], v[:, theirs])]
             wide = [x.requires_grad_(g is not None) for x in parts]
             keys, values = (x.expand(-1, groups, -1, -1) for x in wide[1:])
-            found = F.scaled_dot_product_attention(wide[0], keys, values, is_causal=causal, scale=scale)
+            found = F.scaled_dot_product_attention(wide[0], keys, values, is_causal=mask.is_causal, scale=scale)
             out[b, mine] = found.detach()[0]
             if cotangent is None:
                 continue
@@ -214,6 +226,6 @@ def _exact(
 
 
 def relative(x: torch.Tensor, wanted: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
-    """‖x − wanted‖ / ‖wanted‖ over some axes."""
+    """The relative error ‖x − wanted‖ / ‖wanted‖ over some axes, float64."""
     difference, size = (y.square().sum(axes).sqrt() for y in (x.double() - wanted, wanted))
     return difference / size.clamp_min(TINY)

@@ -1,23 +1,28 @@
-"""What happened to the attention of a compiled graph, for people (``str``, ``to_html``) and for programs
-(``to_dict``)."""
+"""What happened to the attention of a compiled graph, as data: for programs (``to_dict``) and for those that render it.
+
+The text of a report (``str``) is written by ``text.py``, its page by ``html.py``; they know reports by the protocols in
+``views.py``.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyattn.options import Options
 from polyattn.passes.match.site import Refusal, Site
+from polyattn.report import plots, text
+from polyattn.report.reading import FromState, WhileLowRank, outlier_keys_of, rank_of, worst_of
+from polyattn.rewriter.masks.mask import LOCAL_WINDOW
 
 if TYPE_CHECKING:
     import torch.fx as fx
 
     from polyattn.report.plots import Samples
-    from polyattn.runtime.guard import SiteState
+    from polyattn.runtime.state import SiteState
+    from polyattn.site_plan import SitePlan
 
 UNDECIDED = "the graph has not run yet"
 
@@ -40,7 +45,7 @@ class SiteReport:
     mask: str
     """``none``, ``causal``, or what else is added to or put in place of the scores."""
     scale: float
-    """NaN where it depends on a dynamic size."""
+    """Factor of the logits; NaN where it depends on a dynamic size."""
     compiled_shape: dict[str, int | str]
     """Sizes by name when compiled; symbolic ones as text."""
     options: Options
@@ -52,210 +57,196 @@ class SiteReport:
 
     @classmethod
     def of(cls, identifier: str, site: Site, options: Options) -> SiteReport:
+        """The report of a site that matching found."""
         form = (site.where, site.spelling, site.causal, site.mask, site.known_scale, site.shape)
         return cls(identifier, *form, options, site.exact)
 
     @property
     def states(self) -> tuple[SiteState, ...]:
         """Run-time states, one for each set of parameters that feeds this site; empty before the first run."""
-        from polyattn.runtime import guard
+        from polyattn.runtime import registry
 
-        return tuple(guard.states(self.identifier))
+        return registry.states(self.identifier)
 
     @property
     def worst(self) -> SiteState | None:
-        return max(self.states, key=_badness, default=None)
+        """The state that speaks for all of them; None before the first run."""
+        return worst_of(self.states)
 
-    def _of_worst(self, name: str, default: Any) -> Any:
-        state = self.worst
-        return default if state is None else getattr(state, name)
+    # -- read from the worst state; each has its line in ``to_dict``, also under its former name where it has one ------
 
-    @property
-    def verdict(self) -> str:
-        """``low_rank``, ``exact`` or ``undecided`` (before the first run)."""
-        return "exact" if self.exact else str(self._of_worst("verdict", "undecided"))
-
-    @property
-    def reason(self) -> str:
-        return self.exact or str(self._of_worst("reason", UNDECIDED))
-
-    @property
-    def degree(self) -> int | None:
-        value: int | None = self._of_worst("degree", None)
-        return value
-
-    @property
-    def rank(self) -> int | None:
-        value: int | None = self._of_worst("rank", None)
-        return value
-
-    @property
-    def features(self) -> str:
-        """Family of features: ``polynomial``, ``skeleton``, or ``none`` for exact attention."""
-        return str(self._of_worst("features", "none"))
-
-    @property
-    def chunk(self) -> int | None:
-        """Tokens per chunk of a causal low-rank site or of one with an exact band; None otherwise."""
-        value: int | None = self._of_worst("chunk", None)
-        return value
-
-    @property
-    def gradient(self) -> str:
-        return str(self._of_worst("gradient", self.options.resolved_gradient))
-
-    @property
-    def shift(self) -> str:
-        """Which tokens the means are taken of that queries and keys are shifted by; ``none`` where they are not."""
-        return str(self._of_worst("shift", "none"))
-
-    @property
-    def band(self) -> bool:
-        """Whether, without a mask, keys of neighbouring chunks are exact."""
-        return bool(self._of_worst("band", False))
-
-    @property
-    def heavy(self) -> int:
-        """How many keys of each head stay exact for every query."""
-        return int(self._of_worst("heavy", 0))
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Of a nested polynomial: in how many directions the monomials of each degree are; else empty."""
-        found: tuple[int, ...] = self._of_worst("widths", ())
-        return found
+    verdict = FromState[str](
+        lambda state: state.verdict,
+        lambda site: "exact" if site.exact else "undecided",
+        "``low_rank``, ``exact`` or ``undecided`` (before the first run).",
+    )
+    reason = FromState[str](
+        lambda state: state.decision.reason, lambda site: site.exact or UNDECIDED, "Why the verdict is what it is."
+    )
+    guarantee = FromState[str](
+        lambda state: state.guarantee,
+        lambda site: "exact" if site.exact else "none",
+        "``proved``, ``audited`` (on sampled rows of the audited calls), ``exact`` or ``none``.",
+    )
+    shape = FromState[dict[str, int | str]](
+        lambda state: dict(state.decision.shape),
+        lambda site: dict(site.compiled_shape),
+        "Sizes by name: batch, heads, kv_heads, n_q, n_k, d, e; those of a run once there was one.",
+    )
+    features = WhileLowRank[str](
+        lambda state: state.plan.family.name,
+        "none",
+        "Family of features: ``polynomial``, ``skeleton``, …; ``none`` for exact attention.",
+    )
+    method = WhileLowRank[str](
+        lambda state: state.plan.family.describe(state.fit),
+        "exact softmax",
+        "The features in words, with what was fitted, such as ``degree 2, coefficients by least squares``.",
+    )
+    degree = WhileLowRank[int | None](
+        lambda state: state.plan.family.degree, None, "Degree of the polynomial; None for exact attention and others."
+    )
+    rank = WhileLowRank[int | None](rank_of, None, "Features of a query or key, at most; None for exact attention.")
+    widths = WhileLowRank[tuple[int, ...]](
+        lambda state: () if state.fit is None else state.fit.widths,
+        (),
+        "In how many directions the monomials of each degree of a nested polynomial are; else empty.",
+    )
+    gradient = FromState[str](
+        lambda state: state.plan.gradient if state.low_rank else "exact",
+        lambda site: "exact" if site.exact else site.options.gradient,
+        "``consistent``, ``substituted``, ``projected`` or ``exact``; before the first run what the options ask for.",
+    )
+    chunk = WhileLowRank[int | None](
+        lambda state: state.plan.near,
+        None,
+        "Tokens per chunk of a causal low-rank site or of one with a local window; None otherwise.",
+    )
+    centring = WhileLowRank[str](
+        lambda state: state.plan.centring,
+        "none",
+        "Which tokens the means are taken of that queries and keys are centred by: ``none`` (they are not), ``call``, "
+        "``first_chunk``.",
+    )
+    local_window = WhileLowRank[bool](
+        lambda state: state.plan.mask == LOCAL_WINDOW,
+        False,
+        "Whether, without a mask, keys of neighbouring chunks are exact.",
+    )
+    outlier_keys = WhileLowRank[int](outlier_keys_of, 0, "How many keys of each head stay exact for every query.")
+    projection = WhileLowRank[tuple[int, int]](
+        lambda state: (state.plan.projection.values, state.plan.projection.keys),
+        (0, 0),
+        "Projection ranks of values, and of queries and keys, in the substituted gradient; 0: not projected.",
+    )
+    shift, band, heavy, few = centring, local_window, outlier_keys, projection
+    """Former names."""
+    error = FromState[float | None](
+        lambda state: state.audit.error,
+        None,
+        "The worst row of the last audit, in the additive unit; None when nothing was measured.",
+    )
+    relative_error = FromState[float | None](
+        lambda state: state.audit.relative_error,
+        None,
+        "The relative error of the last audit: RMS over its rows, in units of what is not mean pooling.",
+    )
+    worst_error = FromState[float | None](
+        lambda state: state.audit.worst_error, None, "The largest ``error`` of all audits; NaN once one of them was."
+    )
+    worst_relative_error = FromState[float | None](
+        lambda state: state.audit.worst_relative_error, None, "The largest ``relative_error`` of all audits."
+    )
+    calls = FromState[int](
+        lambda state: state.counters.calls, 0, "Calls so far; what activation checkpointing runs again is not counted."
+    )
+    audits = FromState[int](lambda state: state.counters.audits, 0, "How often the site was audited.")
+    audited_call = FromState[int](
+        lambda state: state.counters.audited_call,
+        0,
+        "Number of the last audited call, from 1; 0 before the first audit.",
+    )
+    calls_since_audit = FromState[int](lambda state: state.calls_since_audit, 0, "Calls after the last audited one.")
+    exact_rows = FromState[int](
+        lambda state: state.counters.exact_rows,
+        0,
+        "Rows of all heads that low-rank calls had to compute exactly.",
+    )
+    fits = FromState[int](lambda state: state.counters.fits, 0, "How often features were fitted to the heads.")
+    fit_error = WhileLowRank[tuple[float, ...]](
+        lambda state: () if state.fit is None else state.fit.error,
+        (),
+        "Mean error Σ_j |P̃_ij − P_ij| of softmax rows that the fit did not see, for each key head; else empty.",
+    )
+    flops_before = FromState[int | None](
+        lambda state: state.decision.flops_before,
+        None,
+        "FLOPs of exact attention, forward and backward of one call, at the shape of the first run.",
+    )
+    flops_after = FromState[int | None](
+        lambda state: state.decision.flops_after, None, "FLOPs of what runs instead, counted alike."
+    )
 
     @property
     def tolerance(self) -> float:
+        """The additive bound on a row of the output that audits hold the site to."""
         return self.options.tolerance
 
     @property
-    def error(self) -> float | None:
-        """Worst row of the last audit, in the additive unit; None when nothing was measured."""
-        value: float | None = self._of_worst("error", None)
-        return value
-
-    @property
-    def worst_error(self) -> float | None:
-        """The largest ``error`` of all audits."""
-        value: float | None = self._of_worst("worst_error", None)
-        return value
-
-    @property
-    def audits(self) -> int:
-        """How often the site was audited."""
-        return int(self._of_worst("audits", 0))
-
-    @property
-    def audited_call(self) -> int:
-        """Number of the last audited call, from 1; 0 before the first audit."""
-        return int(self._of_worst("audited_call", 0))
-
-    @property
-    def calls(self) -> int:
-        """Calls so far; what activation checkpointing runs again is not counted."""
-        return int(self._of_worst("calls", 0))
-
-    @property
-    def relative_error(self) -> float | None:
-        value: float | None = self._of_worst("relative_error", None)
-        return value
-
-    @property
-    def guarantee(self) -> str:
-        """``proved``, ``audited`` (on sampled rows of the audited calls), ``exact`` or ``none``."""
-        return "exact" if self.exact else str(self._of_worst("guarantee", "none"))
-
-    @property
-    def flops_before(self) -> int | None:
-        """FLOPs of exact attention, forward and backward, at the shape of the last run."""
-        value: int | None = self._of_worst("flops_before", None)
-        return value
-
-    @property
-    def flops_after(self) -> int | None:
-        value: int | None = self._of_worst("flops_after", None)
-        return value
-
-    @property
-    def shape(self) -> dict[str, int | str]:
-        """Sizes by name: batch, heads, kv_heads, n_q, n_k, d, e; those of a run once there was one."""
-        value: dict[str, int | str] = dict(self._of_worst("shape", self.compiled_shape))
-        return value
-
-    @property
     def shape_text(self) -> str:
-        return " ".join(f"{name}={size}" for name, size in self.shape.items())
+        """The sizes in one line, such as ``n_q=128 d=64``."""
+        return text.shape_text(self.shape)
+
+    # -- the rewrite -------------------------------------------------------------------------------------------------
+
+    @property
+    def _plan(self) -> SitePlan | None:
+        """The plan that the worst state runs by; None where attention is exact or undecided."""
+        worst = self.worst
+        return worst.plan if worst is not None and worst.low_rank else None
 
     @property
     def derivation(self) -> str:
         """The readable log of the rewrite, step by step; empty for a site that is not low rank."""
-        if self.verdict != "low_rank":
-            return ""
         from polyattn.passes.derive import inspection
 
-        return str(
-            inspection.derivation(
-                causal=self.causal,
-                degree=self.degree,
-                gradient=self.gradient,
-                weighted=self._of_worst("weighted", False),
-                band=self.band,
-            )
-        )
+        plan = self._plan
+        return "" if plan is None else str(inspection.derivation(plan.form, plan.family.rule, plan.gradient))
 
     @property
     def kernels(self) -> dict[str, str]:
-        """Kernel specifications by name; empty for a site that is not low rank."""
-        if self.verdict != "low_rank":
-            return {}
+        """Kernel specifications and emitted sources by name; empty for a site that is not low rank."""
         from polyattn.passes.derive import inspection
 
-        return dict(
-            inspection.sources(
-                causal=self.causal,
-                degree=self.degree,
-                gradient=self.gradient,
-                weighted=self._of_worst("weighted", False),
-                band=self.band,
-            )
-        )
+        plan = self._plan
+        return {} if plan is None else dict(inspection.sources(plan.form, plan.family.rule, plan.gradient))
 
     def _graphs(self) -> tuple[fx.GraphModule | None, fx.GraphModule | None]:
-        worst = self.worst
-        if worst is None or self.verdict != "low_rank" or self.degree is None:
-            return None, None
-        if worst.fit is not None or worst.heavy or any(worst.few):
-            return None, None
         from polyattn.report import graphs
 
-        sizes = {name: int(size) for name, size in self.shape.items()}
-        forward, backward = graphs.graphs(
-            causal=self.causal,
-            degree=self.degree,
-            gradient=self.gradient,
-            shape=sizes,
-            scale=self.scale,
-            chunk=self.chunk,
-            shift=self.shift,
-            band=self.band,
-        )
-        return forward, backward
+        plan = self._plan
+        if plan is None or not graphs.possible(plan):
+            return None, None
+        return graphs.graphs(plan, {name: int(size) for name, size in self.shape.items()})
 
     @property
     def forward_graph(self) -> fx.GraphModule | None:
-        """The rewritten forward as a runnable graph; None for exact sites, for features that are
-        fitted to a head, with heavy keys and where gradients are projected."""
+        """The rewritten forward as a runnable graph; None for exact sites, for features that are fitted to a head, with
+        outlier keys and where gradients are projected."""
         return self._graphs()[0]
 
     @property
     def backward_graph(self) -> fx.GraphModule | None:
-        """The rewritten backward as a runnable graph; None for exact sites, for features that are
-        fitted to a head, with heavy keys and where gradients are projected."""
+        """The rewritten backward as a runnable graph; None where there is no ``forward_graph``."""
         return self._graphs()[1]
 
+    # -- for programs and people -------------------------------------------------------------------------------------
+
     def to_dict(self) -> dict[str, Any]:
-        """Everything but graphs and sources, JSON-serialisable; the state of this moment."""
+        """Everything but graphs and sources, JSON-serialisable; the states of this moment."""
+        read = {name: value for name, value in vars(type(self)).items() if isinstance(value, FromState)}
+        states = self.states
+        worst = worst_of(states)
         return {
             "id": self.identifier,
             "where": self.where,
@@ -263,25 +254,9 @@ class SiteReport:
             "causal": self.causal,
             "mask": self.mask,
             "scale": self.scale,
-            "shape": self.shape,
-            "verdict": self.verdict,
-            "reason": self.reason,
-            "degree": self.degree,
-            "rank": self.rank,
-            "features": self.features,
-            "gradient": self.gradient,
-            "shift": self.shift,
             "tolerance": self.tolerance,
-            "error": self.error,
-            "worst_error": self.worst_error,
-            "relative_error": self.relative_error,
-            "audits": self.audits,
-            "audited_call": self.audited_call,
-            "calls": self.calls,
-            "guarantee": self.guarantee,
-            "flops_before": self.flops_before,
-            "flops_after": self.flops_after,
-            "states": [_state_dict(state) for state in self.states],
+            **{name: value.before(self) if worst is None else value.of(worst) for name, value in read.items()},
+            "states": [{name: value.of(state) for name, value in read.items()} for state in states],
             "samples": [samples.to_dict() for samples in self.samples],
         }
 
@@ -295,39 +270,14 @@ class SiteReport:
         Raises:
             PolyattnError: there are no samples, or matplotlib is not installed; the message says what to install.
         """
-        from polyattn.report import plots
-
         return plots.draw(self.samples, f"{self.where}: {self.spelling}", self.tolerance, path)
 
     def sketch(self) -> str:
-        """The samples as histograms in plain text; empty without samples."""
-        from polyattn.report import plots
-
+        """Draw the samples as histograms in plain text; empty without samples."""
         return plots.sketch(self.samples, self.tolerance)
 
     def __str__(self) -> str:
-        from polyattn.report.text import site_text
-
-        return site_text(self)
-
-
-_STATE_FIELDS = (
-    "verdict", "reason", "degree", "rank", "features", "chunk", "band", "heavy", "few", "widths", "polynomial",
-    "gradient", "shift", "error", "worst_error",
-    "relative_error",
-    "worst_relative_error", "guarantee", "shape", "flops_before", "flops_after", "calls", "audits", "audited_call",
-    "calls_since_audit", "exact_rows", "fits", "fit_error",
-)  # fmt: skip
-
-
-def _badness(state: SiteState) -> tuple[bool, float]:
-    """By which states are compared: an exact one before a low-rank one, then the largest error, NaN above all."""
-    error = state.error or 0.0
-    return state.verdict == "exact", math.inf if math.isnan(error) else error
-
-
-def _state_dict(state: SiteState) -> dict[str, Any]:
-    return {name: getattr(state, name) for name in _STATE_FIELDS}
+        return text.site_text(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -356,7 +306,7 @@ class Report:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable; the state of this moment."""
+        """The report as JSON-serialisable values; the states of this moment."""
         return {
             "graph": self.graph_id,
             "graphs": self.graphs,
@@ -384,30 +334,14 @@ class Report:
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write a self-contained page: the report, with derivations and kernels to unfold, and with the figures of
         samples where matplotlib is installed."""
-        from polyattn.report.text import render
+        from polyattn.report import html
 
         with open(path, "w", encoding="utf-8") as file:
-            file.write(render(self))
+            file.write(html.page(self))
 
     def summary(self) -> str:
-        """One line."""
-        verdicts = [site.verdict for site in self.sites]
-        counts = [
-            f"{verdicts.count(v)} {v.replace('_', ' ')}" for v in ("low_rank", "exact", "undecided") if v in verdicts
-        ]
-        graphs = "1 graph" if self.graphs == 1 else f"{self.graphs} graphs"
-        sites = f"{len(self.sites)} attention site{'' if len(self.sites) == 1 else 's'}"
-        refused = f", {len(self.refusals)} refused" if self.refusals else ""
-        return f"polyattn: {sites}{' (' + ', '.join(counts) + ')' if counts else ''}{refused} in {graphs}"
+        """Say in one line how many sites there are and what became of them."""
+        return text.summary(self)
 
     def __str__(self) -> str:
-        parts = [self.summary()]
-        if self.failure:
-            parts.append(f"FAILED, the model runs unchanged: {self.failure}")
-        for number, site in enumerate(self.sites, start=1):
-            parts.append(textwrap.indent(str(site), "    ").replace("    ", f"{number:>3} ", 1))
-        for refusal in self.refusals:
-            parts.append(f"  - {refusal.where}\n      REFUSED, left as it was: {refusal.reason}  [{refusal.node}]")
-        if not self.sites and not self.refusals and not self.failure:
-            parts.append("  no softmax here feeds a product: there is no attention to rewrite")
-        return "\n".join(parts)
+        return text.report_text(self)

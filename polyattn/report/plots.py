@@ -2,7 +2,7 @@
 
 The figure has two panels: approximate weights over exact ones, and errors of rows over their position. It is drawn with
 matplotlib's own defaults, whatever the process has set, and leaves them as they are; the same samples yield the same
-SVG. ``polyattn.measure`` takes the samples.
+SVG. ``polyattn.report.sampling`` takes the samples.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Samples:
     errors: torch.Tensor
     """Additive errors of the rows, float64 [s]."""
     left: torch.Tensor
-    """Whether the low-rank form left the row to exact attention, bool [s]."""
+    """True for rows that the low-rank form left to exact attention, bool [s]."""
     row: torch.Tensor
-    """Of each weight the row, as a number below s, int64 [p]."""
+    """The row of each weight, as a number below s, int64 [p]."""
     key: torch.Tensor
-    """Of each weight the position of the key, int64 [p]."""
+    """The position of each weight's key, int64 [p]."""
     drawn: torch.Tensor
-    """Whether the key was drawn at random, or is one of the row's largest, bool [p]."""
+    """True for keys that were drawn at random, False for those of a row's largest weights, bool [p]."""
     exact: torch.Tensor
     """Exact weights P_ij, float64 [p]."""
     approximate: torch.Tensor
@@ -45,11 +45,11 @@ class Samples:
     gradients: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """Relative errors of dQ, dK and dV, as far as known; empty where no backward was seen."""
     gradients_of: str = ""
-    """Of what those are."""
+    """The rows and heads that those errors are taken over."""
 
     @property
     def quantiles(self) -> tuple[float, float, float]:
-        """Of the errors of the rows: the median, nine in ten, the largest."""
+        """The median of the rows' errors, what nine in ten of them are below, and the largest, in the additive unit."""
         median, most = torch.quantile(self.errors, torch.tensor([0.5, 0.9], dtype=torch.float64)).tolist()
         return median, most, float(self.errors.max())
 
@@ -66,7 +66,7 @@ class Samples:
         return (self.approximate[both] / self.exact[both]).log10()
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable: rows in full, weights in summary."""
+        """The samples as JSON-serialisable values: rows in full, weights in summary."""
         return {
             "state": self.state,
             "rows": self.rows.tolist(),
@@ -81,7 +81,7 @@ class Samples:
 
 
 def lines(samples: Samples) -> list[str]:
-    """What ``str`` of a report says of them: one line on rows and weights, one on gradients where there are any."""
+    """Write what a report says of samples: one line on rows and weights, one on gradients where there are any."""
     median, most, largest = samples.quantiles
     left = int(samples.left.sum())
     text = f"{len(samples.errors)} sampled rows" + (f" ({left} of them exact)" if left else "")
@@ -95,7 +95,11 @@ def lines(samples: Samples) -> list[str]:
 
 
 def sketch(all_samples: Sequence[Samples], tolerance: float) -> str:
-    """Histograms as plain text, of each state: errors of rows, and log10 of approximate over exact weights."""
+    """Write histograms of each state's samples: errors of rows, and log10 of approximate over exact weights.
+
+    Args:
+        tolerance: bound on a row's error, in the additive unit.
+    """
     parts = []
     for samples in all_samples:
         head = f"layer {samples.state}: " if len(all_samples) > 1 else ""
@@ -142,13 +146,14 @@ LEGEND: Mapping[str, Any] = {"framealpha": 0.85, "edgecolor": "none"}
 LOWEST = 1e-10
 """Weights below this are drawn at the edge."""
 VECTORS = 5000
-"""Up to so many points are vectors; more are drawn as one image inside the SVG."""
+"""Points that are drawn as vectors at most; more become one image inside the SVG."""
 
 
 def _matplotlib() -> Any:
-    """
+    """Import matplotlib.
+
     Raises:
-        PolyattnError: matplotlib is not installed.
+        PolyattnError: it is not installed.
     """
     try:
         import matplotlib
@@ -163,7 +168,7 @@ def _matplotlib() -> Any:
 
 
 def available() -> bool:
-    """Whether figures can be drawn."""
+    """True where figures can be drawn, because matplotlib is installed."""
     try:
         _matplotlib()
     except PolyattnError:
@@ -174,10 +179,10 @@ def available() -> bool:
 def draw(
     all_samples: Sequence[Samples], title: str, tolerance: float, into: str | os.PathLike[str] | Any = None
 ) -> Any:
-    """The figure of one site, a matplotlib Figure; several states in several colours.
+    """Draw the figure of one site, a matplotlib Figure; several states in several colours.
 
     Args:
-        tolerance: of a row, in the additive unit.
+        tolerance: bound on a row's error, in the additive unit.
         into: a path, whose ending is the format, or an open binary file, which gets SVG; None: nothing is written.
     Raises:
         PolyattnError: matplotlib is not installed, or there are no samples.
@@ -213,7 +218,7 @@ def _save(figure: Any, into: Any, kind: str) -> None:
 
 
 def _weights(axes: Any, all_samples: Sequence[Samples], colours: Sequence[Any]) -> None:
-    """Approximate over exact weights, with the diagonal; what a logarithm cannot show lies on the lower edge."""
+    """Draw approximate over exact weights, with the diagonal; what a logarithm cannot show lies on the lower edge."""
     exact = torch.cat([samples.exact for samples in all_samples])
     made = torch.cat([samples.approximate for samples in all_samples])
     positive = torch.cat([exact[exact > 0], made[made > 0]])
@@ -259,7 +264,7 @@ def _weights(axes: Any, all_samples: Sequence[Samples], colours: Sequence[Any]) 
 
 
 def _rows(axes: Any, all_samples: Sequence[Samples], colours: Sequence[Any], tolerance: float) -> None:
-    """Errors of rows over their position, with the tolerance; what is zero or not finite lies on an edge."""
+    """Draw errors of rows over their position, with the tolerance; what is zero or not finite lies on an edge."""
     errors = torch.cat([samples.errors for samples in all_samples])
     usual = errors[(errors > 0) & errors.isfinite()]
     low = min(tolerance, float(usual.min()) if len(usual) else tolerance)

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 import torch
 
-from polyattn.passes.derive.kernels import exact_nodes
 from polyattn.report.measure import TINY, Tensors, relative
 from polyattn.report.plots import Samples
+from polyattn.rewriter.families.family import Fit
+from polyattn.rewriter.masks.mask import Mask
 from polyattn.runtime import exact as dense
 from polyattn.runtime import execute
-from polyattn.runtime.execute import Setting
+from polyattn.site_plan import SitePlan
 
 KEYS = 64
 """Keys that are drawn for a call, the same for all of its rows."""
@@ -21,7 +22,7 @@ LARGEST = 3
 COLUMNS = 64
 """Keys whose approximate weights one run of the kernels yields."""
 ELEMENTS = 1 << 24
-"""Of the one-hot values of such a run, at most: heads go together as far as that allows."""
+"""Elements that the one-hot values of such a run have at most: heads go together as far as that allows."""
 GRADIENT_PAIRS = 1 << 24
 """Pairs of a query and a key up to which gradients of whole heads are computed exactly; beyond, dQ of sampled rows."""
 GRADIENT_HEADS = 2
@@ -29,30 +30,38 @@ GRADIENT_HEADS = 2
 
 
 def _draw(count: int, some: int, generator: torch.Generator) -> torch.Tensor:
-    """So many numbers below ``count``, sorted; all where there are no more."""
+    """Draw ``some`` numbers below ``count``, sorted, int64; all where there are no more."""
     if count <= some:
         return torch.arange(count)
     return torch.randperm(count, generator=generator)[:some].sort()[0]
 
 
 def _distinct(numbers: torch.Tensor) -> torch.Tensor:
-    """The same ones once each, sorted."""
+    """Each of the numbers once, sorted, int64."""
     return torch.tensor(sorted(set(numbers.tolist())), dtype=torch.long)
 
 
 @torch.no_grad()
 def sample(
-    state: int, tensors: Tensors, out: torch.Tensor, setting: Setting, rows: int, generator: torch.Generator
+    state: int,
+    tensors: Tensors,
+    out: torch.Tensor,
+    plan: SitePlan,
+    fit: Fit | None,
+    rows: int,
+    generator: torch.Generator,
 ) -> Samples:
-    """Rows of a low-rank call beside exact ones, and weights of these rows at some keys. Memory is linear in n.
+    """Put rows of a low-rank call beside exact ones, and weights of these rows at some keys. Memory is linear in n.
 
     Approximate weights are outputs of the same kernels for the values 1 at one key and 0 elsewhere. The call is run
     once more, and these after it.
 
     Args:
+        state: number of the run-time state, for the samples.
         tensors: q [batch, heads, n_q, d], k [batch, kv_heads, n_k, d], v [batch, kv_heads, n_k, e] of the call.
         out: its output, [batch, heads, n_q, e].
-        setting: how it was computed.
+        plan: how it was computed.
+        fit: what the features of its heads were; None where nothing is fitted.
         rows: so many rows are drawn, at random over batch elements, heads and positions.
     """
     q, k, v = tensors
@@ -71,31 +80,38 @@ def sample(
         for part in mine.split(max(1, dense.PAIRS // k.shape[2])):
             at = where[part].to(q.device)
             queries = q[at[:, 0], at[:, 1], at[:, 2]].double()
-            weights = dense.weights(queries, kept[0], at[:, 2], setting.scale, setting.causal)
+            weights = dense.weights(queries, kept[0], at[:, 2], plan)
             got = out[at[:, 0], at[:, 1], at[:, 2]].double()
             errors[part] = ((got - weights @ kept[1]).norm(dim=-1) / unit).cpu()
-            pairs.extend(_pairs(part, where[part, 2], weights, keys, setting.causal))
+            pairs.extend(_pairs(part, where[part, 2], weights, keys, plan.mask))
     row, key, drawn, exact = (torch.cat(some) for some in zip(*pairs, strict=True))
     grouped, place = execute.grouped(q, k, v), (key_heads, where[:, 1] % groups, where[:, 2])
     # Which rows were made exact, the call's own values and all of its rows decide.
-    denominators = execute.forward(*grouped, setting).denominators
+    fitted, radius = (None, None) if fit is None else (fit.values, fit.radius)
+    denominators = execute.forward(*grouped, plan, fitted, radius).denominators
     left = denominators[tuple(x.to(q.device) for x in place)].cpu() <= 0
-    approximate = torch.where(left[row], exact, _approximate(grouped, setting, place, row, key))
+    approximate = torch.where(left[row], exact, _approximate(grouped, plan, fitted, place, row, key))
     return Samples(state, where, errors, left, row, key, drawn, exact, approximate)
 
 
 def _pairs(
-    rows: torch.Tensor, positions: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, causal: bool
+    rows: torch.Tensor, positions: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, mask: Mask
 ) -> list[tuple[torch.Tensor, ...]]:
-    """Of each row the keys that are looked at and that it sees: (row, key, drawn, exact weight)."""
+    """The keys that are looked at, and seen, from each row: (row, key, drawn, exact weight), each [pairs].
+
+    Args:
+        rows: numbers of s rows; positions: where they stand.
+        weights: their exact weights, [s, n_k].
+        keys: those that were drawn for all rows.
+    """
     found: list[tuple[torch.Tensor, ...]] = []
     largest = weights.topk(min(LARGEST, weights.shape[1]))[1].cpu()
-    for number, (row, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
+    for number, row in enumerate(rows.tolist()):
         extra = largest[number][~torch.isin(largest[number], keys)]
         some = torch.cat([keys, extra])
         drawn = torch.arange(len(some)) < len(keys)
-        if causal:
-            some, drawn = some[some <= position], drawn[some <= position]
+        visible = mask.visible(positions[number : number + 1], some)[0]
+        some, drawn = some[visible], drawn[visible]
         exact = weights[number, some.to(weights.device)].cpu()
         found.append((torch.full_like(some, row), some, drawn, exact))
     return found
@@ -103,7 +119,8 @@ def _pairs(
 
 def _approximate(
     grouped: execute.Grouped,
-    setting: Setting,
+    plan: SitePlan,
+    fitted: torch.Tensor | None,
     heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     row: torch.Tensor,
     key: torch.Tensor,
@@ -111,7 +128,9 @@ def _approximate(
     """The kernels' weights of pairs of a row and a key, float64 [p], on the CPU.
 
     Args:
-        heads: of each row its key head, among those of all batch elements, its group and its position.
+        fitted: what is fitted to the heads, ``Fit.values``.
+        heads: the key head of each row, among those of all batch elements, its group and its position, each [s].
+        row, key: numbers of p rows, and positions of keys.
     """
     (q, k, _), (key_heads, group, position) = grouped, heads
     made = torch.zeros(len(row), dtype=torch.float64)
@@ -119,15 +138,14 @@ def _approximate(
     for first in range(0, len(used), step):
         some = used[first : first + step]
         columns = [_distinct(key[key_heads[row] == c]) for c in some.tolist()]
-        mine, low = some.to(q.device), setting
-        if setting.fitted is not None:
-            low = dataclasses.replace(setting, fitted=setting.fitted[mine % len(setting.fitted)])
+        mine = some.to(q.device)
+        theirs = None if fitted is None else fitted[mine % len(fitted)]
         for at in range(0, max(map(len, columns)), COLUMNS):
             values = k.new_zeros(len(some), k.shape[1], COLUMNS)
             for number, keys in enumerate(columns):
                 part = keys[at : at + COLUMNS].to(k.device)
                 values[number, part, torch.arange(len(part), device=k.device)] = 1
-            result = execute.approximate(q[mine], k[mine], values, low).out
+            result = execute.approximate(q[mine], k[mine], values, plan, theirs).out
             for number, (c, keys) in enumerate(zip(some.tolist(), columns, strict=True)):
                 part = keys[at : at + COLUMNS]
                 pairs = ((key_heads[row] == c) & torch.isin(key, part)).nonzero().squeeze(1)
@@ -142,21 +160,27 @@ def with_gradients(
     g: torch.Tensor,
     tensors: Tensors,
     gradients: Sequence[torch.Tensor | None],
-    setting: Setting,
+    plan: SitePlan,
     generator: torch.Generator,
 ) -> Samples:
-    """Add the relative errors of a backward's gradients (None where there is none): of all rows of a few heads; of dQ
-    of the sampled rows where that would be too much. Memory is linear in n."""
+    """Add the relative errors of a backward's gradients: those of all rows of a few heads, or, where that would be too
+    much, those of dQ of the sampled rows. Memory is linear in n.
+
+    Args:
+        g: gradient of the output, [batch, heads, n_q, e].
+        tensors: q, k and v of the call.
+        gradients: dQ, dK and dV, in their shapes; None where one was not asked for.
+    """
     q, k, v = tensors
     (n_q, n_k), groups = (q.shape[2], k.shape[2]), q.shape[1] // k.shape[1]
     got: dict[str, list[torch.Tensor]] = {"dQ": [], "dK": [], "dV": []}
     wanted: dict[str, list[torch.Tensor]] = {"dQ": [], "dK": [], "dV": []}
-    nodes, affordable = exact_nodes(setting.causal), GRADIENT_PAIRS // (groups * n_q * n_k)
+    affordable = GRADIENT_PAIRS // (groups * n_q * n_k)
 
     def exactly(b: int, h: int, rows: torch.Tensor) -> Tensors:
         c = h // groups
         mine, keys, values, gs = (x.double() for x in (q[b, h, rows], k[b, c], v[b, c], g[b, h, rows]))
-        return dense.rows_backward(nodes, mine, keys, values, gs, rows, setting.scale, setting.causal)
+        return dense.rows_backward(mine, keys, values, gs, rows, plan)
 
     def compare(name: str, have: torch.Tensor | None, exact: torch.Tensor) -> None:
         if have is not None:

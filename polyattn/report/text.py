@@ -1,89 +1,132 @@
-"""A report for people to read: as text, and as one self-contained HTML page."""
+"""A report as plain text: one block of lines for each attention site, and one for each refusal."""
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import math
 import textwrap
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from polyattn.report import plots
-from polyattn.report.model import UNDECIDED, Report, SiteReport
+from polyattn.report.reading import outlier_keys_of, rank_of
+from polyattn.report.views import ReportView, SiteView
+from polyattn.rewriter.masks.mask import LOCAL_WINDOW
 
 if TYPE_CHECKING:
-    from polyattn.runtime.guard import SiteState
+    from polyattn.rewriter.families.family import Fit
+    from polyattn.runtime.state import Counters, SiteState
+
+WIDTH = 110
+"""Characters of a line, after which it is wrapped."""
+CENTRED = {"none": [], "call": ["centred"], "first_chunk": ["centred on the first chunk"]}
+"""What a line says of queries and keys, by the tokens that their means are taken of."""
 
 
-def site_text(site: SiteReport) -> str:
-    """What ``str`` of a site says."""
+def summary(report: ReportView) -> str:
+    """Say in one line how many sites there are, what became of them, and in how many graphs they lie."""
+    verdicts = [site.verdict for site in report.sites]
+    counts = [f"{verdicts.count(v)} {v.replace('_', ' ')}" for v in ("low_rank", "exact", "undecided") if v in verdicts]
+    graphs = "1 graph" if report.graphs == 1 else f"{report.graphs} graphs"
+    sites = f"{len(report.sites)} attention site{'' if len(report.sites) == 1 else 's'}"
+    refused = f", {len(report.refusals)} refused" if report.refusals else ""
+    return f"polyattn: {sites}{' (' + ', '.join(counts) + ')' if counts else ''}{refused} in {graphs}"
+
+
+def report_text(report: ReportView) -> str:
+    """Write a whole report: the summary, a failure if there was one, then numbered sites and refusals."""
+    parts = [summary(report)]
+    if report.failure:
+        parts.append(f"FAILED, the model runs unchanged: {report.failure}")
+    for number, site in enumerate(report.sites, start=1):
+        parts.append(textwrap.indent(site_text(site), "    ").replace("    ", f"{number:>3} ", 1))
+    for refusal in report.refusals:
+        parts.append(f"  - {refusal.where}\n      REFUSED, eager fallback: {refusal.reason}  [{refusal.node}]")
+    if not report.sites and not report.refusals and not report.failure:
+        parts.append("  no softmax here feeds a product: there is no attention to rewrite")
+    return "\n".join(parts)
+
+
+def shape_text(shape: Mapping[str, int | str]) -> str:
+    """Write named sizes in one line, such as ``n_q=128 d=64``."""
+    return " ".join(f"{name}={size}" for name, size in shape.items())
+
+
+def site_text(site: SiteView) -> str:
+    """Write one site: its line and spelling, its sizes, and for each of its states verdict, costs and errors."""
     scale = "of a dynamic size" if math.isnan(site.scale) and not site.exact else f"{site.scale:.6g}"
-    lines = [site.where, f"  {site.spelling}", f"  {site.shape_text}   scale={scale}   mask={site.mask}"]
+    lines = [site.where, f"  {site.spelling}", f"  {shape_text(site.shape)}   scale={scale}   mask={site.mask}"]
     states = site.states
     if site.exact:
-        lines += textwrap.wrap(f"EXACT: {site.exact}", 110, initial_indent="  ", subsequent_indent="    ")
+        lines += _wrapped(f"EXACT: {site.exact}", 2)
     elif not states:
-        lines.append(f"  undecided: {UNDECIDED}")
+        lines.append(f"  undecided: {site.reason}")
     sampled = {samples.state: samples for samples in site.samples}
     for number, state in enumerate(states):
         lines.extend(_state_lines(state, site.tolerance, f"layer {number}: " if len(states) > 1 else ""))
         for line in plots.lines(sampled[number]) if number in sampled else []:
-            lines += textwrap.wrap(line, 110, initial_indent="    ", subsequent_indent="      ")
+            lines += _wrapped(line, 4)
     return "\n".join(lines)
 
 
+def _wrapped(text: str, indent: int) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=" " * indent, subsequent_indent=" " * (indent + 2))
+
+
 def _state_lines(state: SiteState, tolerance: float, label: str) -> list[str]:
+    decision, audit = state.decision, state.audit
     head = f"{label}{state.verdict.upper().replace('_', ' ')}"
-    if state.verdict == "low_rank":
-        family = "skeleton features" if state.degree is None else f"degree {state.degree}"
-        family += f", coefficients by {state.polynomial.replace('_', ' ')}" if state.polynomial != "taylor" else ""
-        family += f", nested {state.widths}" if state.widths else ""
-        head += f", {family}, rank {state.rank}, {state.gradient} gradient"
-        head += f", values on {state.few.values} directions" if state.few.values else ""
-        head += f", queries and keys on {state.few.keys} directions" if state.few.keys else ""
-        head += {"none": "", "call": ", shifted", "first_chunk": ", shifted by the first chunk"}[state.shift]
-        head += f", keys up to {state.chunk} tokens away exact" if state.band else ""
-        head += f", {state.heavy} heavy keys exact" if state.heavy else ""
-    lines = textwrap.wrap(f"{head}: {state.reason}", 110, initial_indent="  ", subsequent_indent="    ")
-    if state.flops_before:
-        lines.append(f"    FLOPs {_count(state.flops_before)} → {_count(state.flops_after)}{_ratio(state)}")
-    if state.error is not None:
-        worst = f" (worst {state.worst_error:.2e})" if state.audits > 1 else ""
-        relative = f", relative {state.relative_error:.2e}" if state.relative_error is not None else ""
-        lines.append(f"    error of the last audit {state.error:.2e}{worst} of {tolerance:g} allowed{relative}")
-    if state.fit_error and state.verdict == "low_rank":
-        lines.append(f"    {_fit(state)}")
+    head += f", {_method(state)}" if state.low_rank else ""
+    lines = _wrapped(f"{head}: {decision.reason}", 2)
+    if decision.flops_before:
+        lines.append(f"    FLOPs {_count(decision.flops_before)} → {_count(decision.flops_after)}{_ratio(state)}")
+    if audit.error is not None:
+        worst = f" (worst {audit.worst_error:.2e})" if state.counters.audits > 1 else ""
+        relative = f", relative {audit.relative_error:.2e}" if audit.relative_error is not None else ""
+        lines.append(f"    error of the last audit {audit.error:.2e}{worst} of {tolerance:g} allowed{relative}")
+    if state.low_rank and state.fit is not None and state.fit.error:
+        lines.append(f"    {_fit(state.fit, state.counters)}")
     lines.append(f"    guarantee: {_guarantee(state)}")
     return lines
 
 
-def _fit(state: SiteState) -> str:
-    """What is known of a fit: how far rows are off that it could see, and to which queries it was made."""
-    errors = state.fit_error
-    assert state.fit is not None
-    made = "loaded" if state.fit.call is None else f"fitted at call {state.fit.call}"
-    made += f", {state.fits} times in all" if state.fits > 1 else ""
+def _method(state: SiteState) -> str:
+    """How a low-rank state computes, in words."""
+    plan = state.plan
+    parts = [plan.family.describe(state.fit), f"rank {rank_of(state)}", f"{plan.gradient} gradient"]
+    parts += [f"values on {plan.projection.values} directions"] if plan.projection.values else []
+    parts += [f"queries and keys on {plan.projection.keys} directions"] if plan.projection.keys else []
+    parts += CENTRED[plan.centring]
+    parts += [f"local window (keys up to {plan.chunk} tokens away exact)"] if plan.mask == LOCAL_WINDOW else []
+    parts += [f"{outlier_keys_of(state)} outlier keys exact"] if plan.outliers else []
+    return ", ".join(parts)
+
+
+def _fit(fit: Fit, counters: Counters) -> str:
+    """What is known of a fit: how far rows are off that it did not see, and to which queries it was made."""
+    errors, radius = fit.error, fit.radius
+    made = "loaded" if fit.call is None else f"fitted at call {fit.call}"
+    made += f", {counters.fits} times in all" if counters.fits > 1 else ""
     text = f"{made}: a row's weights off by {sum(errors) / len(errors):.2g} in sum"
     text += f" (worst head {max(errors):.2g})" if len(errors) > 1 else ""
-    if state.radius is not None:
-        text += f"; queries to a norm of {float(state.radius.min()):.3g}"
-        text += f" to {float(state.radius.max()):.3g}" if len(errors) > 1 else ""
-    return text + (f"; {state.exact_rows} rows exact so far" if state.exact_rows else "")
+    if radius is not None:
+        text += f"; queries to a norm of {float(radius.min()):.3g}"
+        text += f" to {float(radius.max()):.3g}" if len(errors) > 1 else ""
+    return text + (f"; {counters.exact_rows} rows exact so far" if counters.exact_rows else "")
 
 
 def _guarantee(state: SiteState) -> str:
-    if state.guarantee == "audited":
-        times = "once" if state.audits == 1 else f"{state.audits} times"
-        return f"audited {times}, last at call {state.audited_call} of {state.calls}; it does not bound every row"
-    return str(state.guarantee)
+    if state.guarantee != "audited":
+        return state.guarantee
+    counters = state.counters
+    times = "once" if counters.audits == 1 else f"{counters.audits} times"
+    return f"audited {times}, last at call {counters.audited_call} of {counters.calls}; it does not bound every row"
 
 
 def _ratio(state: SiteState) -> str:
-    if state.flops_after <= 0 or state.verdict == "exact":
+    before, after = state.decision.flops_before, state.decision.flops_after
+    if after <= 0 or not state.low_rank:
         return ""
-    ratio = state.flops_before / state.flops_after
-    return f" ({ratio:.3g}x fewer)" if ratio >= 1 else f" ({1 / ratio:.3g}x more)"
+    return f" ({before / after:.3g}x fewer)" if before >= after else f" ({after / before:.3g}x more)"
 
 
 def _count(flops: float) -> str:
@@ -92,65 +135,3 @@ def _count(flops: float) -> str:
             return f"{flops:.3g}{unit}"
         flops /= 1000
     return f"{flops:.4g}P"
-
-
-# -- the page --------------------------------------------------------------------------------------------------------
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-section { border: 1px solid #ddd; border-radius: 6px; padding: 0.5rem 1rem; margin: 1rem 0; }
-pre { background: #f6f6f6; padding: 0.7rem; overflow-x: auto; font-size: 13px; }
-.low_rank h2 { color: #12662c; } .exact h2 { color: #174a8c; } .refused h2, .failed { color: #a02010; }
-img { max-width: 100%; }
-h2 { font-size: 1.05rem; margin: 0.4rem 0; } summary { cursor: pointer; }
-"""
-
-
-def render(report: Report) -> str:
-    """The page as text."""
-    parts = [
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>polyattn report</title>",
-        f"<style>{_STYLE}</style></head><body><h1>{_text(report.summary())}</h1>",
-    ]
-    if report.failure:
-        parts.append(f"<p class='failed'>Failed, the model runs unchanged: {_text(report.failure)}</p>")
-    parts.extend(_site(site) for site in report.sites)
-    for refusal in report.refusals:
-        parts.append(
-            f"<section class='refused'><h2>{_text(refusal.where)}: refused</h2>"
-            f"<p>{_text(refusal.reason)} <code>{_text(refusal.node)}</code></p></section>"
-        )
-    parts.append("</body></html>\n")
-    return "\n".join(parts)
-
-
-def _site(site: SiteReport) -> str:
-    parts = [
-        f"<section class='{_text(site.verdict)}'><h2>{_text(site.where)}: {_text(site.verdict.replace('_', ' '))}</h2>",
-        f"<pre>{_text(str(site))}</pre>",
-    ]
-    if site.samples:
-        if plots.available():
-            parts.append(_figure(site))
-        parts.append(_fold("samples as text", site.sketch()))
-    if site.derivation:
-        parts.append(_fold("derivation", site.derivation))
-    parts.extend(_fold(f"kernel {name}", source) for name, source in site.kernels.items())
-    return "\n".join([*parts, "</section>"])
-
-
-def _figure(site: SiteReport) -> str:
-    """As an image with its data inside: names in several SVG of one page would clash."""
-    buffer = io.BytesIO()
-    plots.draw(site.samples, f"{site.where}: {site.spelling}", site.tolerance, buffer)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    about = "approximate over exact weights, and errors of sampled rows over their position"
-    return f"<img alt='{_text(about)}' src='data:image/svg+xml;base64,{data}'>"
-
-
-def _fold(title: str, body: str) -> str:
-    return f"<details><summary>{_text(title)}</summary><pre>{_text(body)}</pre></details>"
-
-
-def _text(value: str) -> str:
-    return html.escape(value, quote=True)

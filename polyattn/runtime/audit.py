@@ -6,6 +6,7 @@ by ``Options.seed``, the site and the number of the call: runs repeat, torch's g
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 
@@ -13,52 +14,49 @@ import torch
 
 from polyattn.options import Options
 from polyattn.runtime import exact as dense
-from polyattn.runtime.execute import Grouped, Setting
-from polyattn.runtime.guard import SiteState, Ticket, seed
+from polyattn.runtime import policy, registry
+from polyattn.runtime.execute import Grouped
+from polyattn.runtime.policy import Errors
+from polyattn.runtime.registry import CallRecord, Entry
+from polyattn.site_plan import SitePlan
 
 log = logging.getLogger("polyattn")
 
 
-Errors = tuple[float, float]
-"""The worst row's in the additive unit, and the relative one."""
-
-
-def holds(errors: Errors, options: Options) -> bool:
-    return errors[0] <= options.tolerance and errors[1] <= options.relative_tolerance
-
-
-def judge(site: str, state: SiteState, ticket: Ticket, errors: Errors, options: Options) -> bool:
+def judge(entry: Entry, record: CallRecord, errors: Errors, options: Options) -> bool:
     """Record what an audit measured; whether the site may stay low rank.
 
     Under ``policy="auto"`` an audit that fails makes the site exact. Under ``policy="low_rank"`` the first one that
     fails is logged as a warning.
     """
-    error, relative = errors
-    state.measured(ticket, error, relative)
-    if holds(errors, options):
+    assert record.number is not None, "recomputations are not audited"
+    site = entry.key.site
+    state = registry.update(entry, functools.partial(policy.measured, number=record.number, errors=errors))
+    if policy.holds(errors, options):
         return True
     found = (
-        f"worst row {error:.2e} (tolerance {options.tolerance:.0e}), "
-        f"relative {relative:.2e} (relative_tolerance {options.relative_tolerance:.0e})"
+        f"worst row {errors.additive:.2e} (tolerance {options.tolerance:.0e}), "
+        f"relative {errors.relative:.2e} (relative_tolerance {options.relative_tolerance:.0e})"
     )
     if options.policy == "auto":
-        state.become_exact(f"audit of call {ticket.number}: {found}")
-        if state.audits > 1:
-            log.info("polyattn: %s: exact from call %s on: %s", site, ticket.number, found)
+        reason = f"audit of call {record.number}: {found}"
+        registry.update(entry, functools.partial(policy.become_exact, reason=reason))
+        if state.counters.audits > 1:
+            log.info("polyattn: %s: exact from call %s on: %s", site, record.number, found)
         return False
-    if state.first_warning():
+    if registry.first_warning(entry):
         log.warning("polyattn: %s: policy='low_rank' keeps a low-rank form whose audit failed: %s", site, found)
     return True
 
 
 def rows(site: str, what: object, q: torch.Tensor, options: Options) -> list[int]:
     """Rows to audit, as flat indices of [heads, groups, n_q]: drawn with replacement, others for another ``what``."""
-    generator = torch.Generator().manual_seed(seed(options, site, what))
+    generator = torch.Generator().manual_seed(registry.seed(options, site, what))
     count = q.shape[0] * q.shape[1] * q.shape[2]
     return torch.randint(count, (options.audit_rows,), generator=generator).tolist()
 
 
-def measure(tensors: Grouped, out: torch.Tensor, setting: Setting, drawn: list[int]) -> Errors:
+def measure(tensors: Grouped, out: torch.Tensor, plan: SitePlan, drawn: list[int]) -> Errors:
     """Errors of some rows of a grouped output: the worst row's, and RMS relative to what is not mean pooling."""
     q, k, v = tensors
     groups, n = q.shape[1:3]
@@ -69,7 +67,7 @@ def measure(tensors: Grouped, out: torch.Tensor, setting: Setting, drawn: list[i
     for head, chosen in sorted(by_head.items()):
         h, g = divmod(head, groups)
         at = torch.tensor(sorted(chosen), device=q.device)
-        wanted = dense.rows_forward(q[h, g, at], k[h], v[h], at, setting.scale, setting.causal)
+        wanted = dense.rows_forward(q[h, g, at], k[h], v[h], at, plan)
         centre = v[h].mean(0)
         difference = (out[h, g, at] - wanted).norm(dim=-1)
         worst.append(difference.max() / (v[h] - centre).norm(dim=-1).max().clamp_min(1e-30))
@@ -77,4 +75,4 @@ def measure(tensors: Grouped, out: torch.Tensor, setting: Setting, drawn: list[i
         spread2.append((wanted - centre).square().sum())
     error = float(torch.stack(worst).max())  # keeps NaN, which Python's max may drop
     total2, around2 = float(torch.stack(error2).sum()), float(torch.stack(spread2).sum())
-    return error, math.sqrt(total2 / max(around2, 1e-300))
+    return Errors(error, math.sqrt(total2 / max(around2, 1e-300)))

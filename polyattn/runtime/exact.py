@@ -7,19 +7,37 @@ traced autograd graph of the exact form.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 
-from polyattn.codegen import fused
-from polyattn.passes.derive.kernels import ExactNodes
+from polyattn.codegen import targets
+from polyattn.codegen.target import Fused
+from polyattn.passes.derive.kernels import exact_nodes
+from polyattn.rewriter.masks.mask import Mask
 from polyattn.runtime.rectangle import Rectangle
 
 PAIRS = 1 << 22
 """Pairs of a query and a key at once."""
 
 
-def _mask(rows: torch.Tensor, n_k: int, dtype: torch.dtype) -> torch.Tensor:
-    return (torch.arange(n_k, device=rows.device)[None, :] <= rows[:, None]).to(dtype)
+class Softmax(Protocol):
+    """What exact attention depends on beside its tensors; a :class:`polyattn.site_plan.SitePlan` is one."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of the logits."""
+
+    @property
+    def mask(self) -> Mask:
+        """Which keys a query sees."""
+
+
+class ExactSoftmax(NamedTuple):
+    """The same as a value of its own, for calls that have no plan."""
+
+    scale: float
+    mask: Mask
 
 
 def _blocks(rows: torch.Tensor, n_k: int) -> Iterator[slice]:
@@ -27,43 +45,44 @@ def _blocks(rows: torch.Tensor, n_k: int) -> Iterator[slice]:
     return (slice(at, at + step) for at in range(0, len(rows), step))
 
 
-def weights(q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, scale: float, causal: bool) -> torch.Tensor:
+def weights(q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, softmax: Softmax) -> torch.Tensor:
     """Softmax rows [s, n_k] of queries [s, d] at positions ``rows`` [s]."""
-    score = q @ k.mT * scale
-    if causal:
-        score = score.masked_fill(_mask(rows, len(k), k.dtype) == 0, float("-inf"))
+    score = q @ k.mT * softmax.scale
+    seen = softmax.mask.seen(rows, len(k))
+    if seen is not None:
+        score = score.masked_fill(~seen, float("-inf"))
     return torch.softmax(score, -1)
 
 
 def rows_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, scale: float, causal: bool
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, softmax: Softmax
 ) -> torch.Tensor:
     """Exact outputs of some rows of one head: q [s, d] at positions ``rows`` [s], k [n_k, d], v [n_k, e] → [s, e]."""
-    out = [weights(q[part], k, rows[part], scale, causal) @ v for part in _blocks(rows, len(k))]
+    out = [weights(q[part], k, rows[part], softmax) @ v for part in _blocks(rows, len(k))]
     return torch.cat(out) if out else v.new_zeros(0, v.shape[-1])
 
 
 def rows_backward(
-    nodes: ExactNodes,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     g: torch.Tensor,
     rows: torch.Tensor,
-    scale: float,
-    causal: bool,
+    softmax: Softmax,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of rows_forward's result: dQ of the rows [s, d] and their share of dK and dV.
+    """Gradients of :func:`rows_forward`: dQ of the rows [s, d], and their share of dK [n_k, d] and dV [n_k, e].
 
     Args:
-        nodes: of exact attention, causal or not.
+        g: gradient of the rows' outputs, [s, e].
     """
+    nodes = exact_nodes(softmax.mask)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for part in _blocks(rows, len(k)):
         inputs = {"Q": q[part], "K": k, "V": v, "G": g[part]}
-        if causal:
-            inputs["M"] = _mask(rows[part], len(k), k.dtype)
-        block = Rectangle(inputs, scale)
+        seen = softmax.mask.seen(rows[part], len(k))
+        if seen is not None:
+            inputs["M"] = seen.to(k.dtype)
+        block = Rectangle(inputs, softmax.scale)
         d = block.value(nodes.denominator)
         block.read(O=block.value(nodes.numerator) / d[:, None], D=d)
         dq[part] = block.value(nodes.gradients["dQ"])
@@ -98,7 +117,7 @@ def _pad(x: torch.Tensor, width: int) -> torch.Tensor:
     return x if x.shape[-1] == width else torch.nn.functional.pad(x, (0, width - x.shape[-1]))
 
 
-def _width(q: torch.Tensor, v: torch.Tensor, kernel: fused.Fused) -> int:
+def _width(q: torch.Tensor, v: torch.Tensor, kernel: Fused) -> int:
     """Head dims of q and v in one, as the kernel takes them."""
     wide = max(q.shape[-1], v.shape[-1])
     return -(-wide // kernel.multiple) * kernel.multiple
@@ -110,34 +129,32 @@ def _spread(x: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def fused_forward(
-    kernel: fused.Fused,
+    kernel: Fused,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    scale: float,
-    causal: bool,
-    mask: torch.Tensor | None = None,
+    softmax: Softmax,
+    added: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of [B, H, n, ·] tensors by one of torch's kernels: output and log-sum-exp [B, H, n_q].
 
     Args:
-        mask: what is added to the scores, as :class:`polyattn.codegen.fused.Fused` says; only for a ``masked`` kernel.
+        added: what is added to the scores, as :class:`polyattn.codegen.Fused` says; only for a ``masked`` kernel.
     """
     wide, heads = _width(q, v, kernel), q.shape[1]
     full = _pad(q, wide), _pad(_spread(k, heads), wide), _pad(_spread(v, heads), wide)
-    out, lse = kernel.forward(*full, scale, causal, *([] if mask is None else [mask]))
+    out, lse = kernel.forward(*full, softmax.scale, softmax.mask.is_causal, *([] if added is None else [added]))
     return out[..., : v.shape[-1]], lse.contiguous()
 
 
 def fused_backward(
-    kernel: fused.Fused,
+    kernel: Fused,
     g: torch.Tensor,
     tensors: Sequence[torch.Tensor],
     out: torch.Tensor,
     lse: torch.Tensor,
-    scale: float,
-    causal: bool,
-    mask: torch.Tensor | None = None,
+    softmax: Softmax,
+    added: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of :func:`fused_forward` by q, k and v; ``out`` and ``lse`` are what it returned."""
     q, k, v = tensors
@@ -145,51 +162,47 @@ def fused_backward(
     groups = heads // k.shape[1]
     wide = _width(q, v, kernel)
     full = [_pad(x, wide) for x in (g, q, _spread(k, heads), _spread(v, heads), out)]
-    dq, dk, dv = kernel.backward(*full, lse, scale, causal, *([] if mask is None else [mask]))
+    dq, dk, dv = kernel.backward(*full, lse, softmax.scale, softmax.mask.is_causal, *([] if added is None else [added]))
     dq, dk, dv = dq[..., :d], dk[..., :d], dv[..., :e]
     if groups > 1:
         dk, dv = (x.reshape(x.shape[0], k.shape[1], groups, *x.shape[2:]).sum(2) for x in (dk, dv))
     return dq, dk, dv
 
 
-def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax: Softmax) -> tuple[torch.Tensor, torch.Tensor]:
     """Exact attention of [B, H, n, ·] tensors: output and log-sum-exp [B, H, n_q] (zeros without torch's kernels)."""
     heads, e = q.shape[1], v.shape[-1]
-    kernel = fused.kernel_for(q)
+    kernel = targets.fused_kernel(q)
     if kernel is not None:
-        return fused_forward(kernel, q, k, v, scale, causal)
+        return fused_forward(kernel, q, k, v, softmax)
     groups = heads // k.shape[1]
     rows = torch.arange(q.shape[2], device=q.device)
     result = q.new_empty(*q.shape[:-1], e)
     for b in range(q.shape[0]):
         for h in range(heads):
-            result[b, h] = rows_forward(q[b, h], k[b, h // groups], v[b, h // groups], rows, scale, causal)
+            result[b, h] = rows_forward(q[b, h], k[b, h // groups], v[b, h // groups], rows, softmax)
     return result, q.new_zeros(q.shape[:-1])
 
 
 def backward(
-    nodes: ExactNodes,
     g: torch.Tensor,
     tensors: Sequence[torch.Tensor],
     out: torch.Tensor,
     lse: torch.Tensor,
-    scale: float,
-    causal: bool,
+    softmax: Softmax,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of :func:`forward` by q, k and v."""
     q, k, v = tensors
-    kernel = fused.kernel_for(q)
+    kernel = targets.fused_kernel(q)
     if kernel is not None:
-        return fused_backward(kernel, g, tensors, out, lse, scale, causal)
+        return fused_backward(kernel, g, tensors, out, lse, softmax)
     groups = q.shape[1] // k.shape[1]
     rows = torch.arange(q.shape[2], device=q.device)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
             c = h // groups
-            made = rows_backward(nodes, q[b, h], k[b, c], v[b, c], g[b, h], rows, scale, causal)
+            made = rows_backward(q[b, h], k[b, c], v[b, c], g[b, h], rows, softmax)
             dq[b, h] = made[0]
             dk[b, c] += made[1]
             dv[b, c] += made[2]

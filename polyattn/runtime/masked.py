@@ -19,9 +19,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from polyattn.codegen import fused
+from polyattn.codegen import targets
+from polyattn.codegen.target import Fused
 from polyattn.errors import DeviceError, DoubleBackwardError, PolyattnError, ShapeError
+from polyattn.rewriter.masks.mask import NONE
 from polyattn.runtime import exact, ops
+from polyattn.runtime.exact import ExactSoftmax
 from polyattn.runtime.execute import accumulator
 
 NEAR = 64.0
@@ -34,7 +37,7 @@ ROWS = 256
 Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-class Mask(NamedTuple):
+class AddedMask(NamedTuple):
     """What happens to the scores: ``added`` is added, then those that are not ``kept`` become ``fill``.
 
     Both tensors broadcast to the scores [B, H, n_q, n_k]; ``kept`` is bool, or None where all are kept.
@@ -52,7 +55,7 @@ class _Plan(NamedTuple):
     """What the kernel adds, [B|1, H|1, n_q|1, n_k|1]: the same softmax in the rows that are not alone."""
     alone: torch.Tensor | None
     """The other rows, bool [B|1, H|1, n_q|1, 1]; None where there are none."""
-    written: Mask
+    written: AddedMask
     """As it was given, each tensor [B|1, H|1, n_q|1, n_k|1]."""
 
 
@@ -82,7 +85,7 @@ def _cast(mask: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return mask.to(wide)
 
 
-def _plan(mask: Mask, q: torch.Tensor, k: torch.Tensor) -> _Plan:
+def _plan(mask: AddedMask, q: torch.Tensor, k: torch.Tensor) -> _Plan:
     scores = (*q.shape[:-1], k.shape[-2])
     added = _fit(mask.added, scores)
     if not added.is_floating_point():
@@ -98,13 +101,13 @@ def _plan(mask: Mask, q: torch.Tensor, k: torch.Tensor) -> _Plan:
     if bool(moved.any()):
         wide = accumulator(q.dtype)
         kernel = kernel.to(wide) - torch.where(moved, top, 0).to(wide)
-    return _Plan(kernel, alone if bool(alone.any()) else None, Mask(added, kept, mask.fill))
+    return _Plan(kernel, alone if bool(alone.any()) else None, AddedMask(added, kept, mask.fill))
 
 
 # -- rows as they were written ---------------------------------------------------------------------------------------
 
 
-def _written(operands: Operands, mask: Mask, scale: float) -> torch.Tensor:
+def _written(operands: Operands, mask: AddedMask, scale: float) -> torch.Tensor:
     """The attention that stood in the model, for some rows: q [h, rows, d], k [h, n_k, d], mask [h, rows, n_k]."""
     q, k, v = operands
     scores = q @ k.mT * scale + mask.added
@@ -137,8 +140,8 @@ class _Part(NamedTuple):
     def operands(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Operands:
         return self.of_queries(q), self.of_keys(k), self.of_keys(v)
 
-    def mask(self, mask: Mask) -> Mask:
-        return Mask(self._of_mask(mask.added), None if mask.kept is None else self._of_mask(mask.kept), mask.fill)
+    def mask(self, mask: AddedMask) -> AddedMask:
+        return AddedMask(self._of_mask(mask.added), None if mask.kept is None else self._of_mask(mask.kept), mask.fill)
 
     def _of_mask(self, x: torch.Tensor) -> torch.Tensor:
         """As ``of_queries``, of a tensor whose axes may have size 1; the last one may stay so."""
@@ -168,7 +171,7 @@ def _parts(alone: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> Iterator[_P
 
 
 def _row_gradients(
-    parts: Iterator[_Part], g: torch.Tensor, tensors: Operands, mask: Mask, scale: float, made: Operands
+    parts: Iterator[_Part], g: torch.Tensor, tensors: Operands, mask: AddedMask, scale: float, made: Operands
 ) -> None:
     """Gradients of :func:`_written`: those of the rows of q are written to ``made``, what k and v get is added."""
     dq, dk, dv = made
@@ -184,14 +187,14 @@ def _row_gradients(
 # -- the operators ---------------------------------------------------------------------------------------------------
 
 
-def _kernel(q: torch.Tensor) -> fused.Fused:
-    kernel = fused.kernel_for(q)
+def _kernel(q: torch.Tensor) -> Fused:
+    kernel = targets.fused_kernel(q)
     if kernel is None or not kernel.masked:
         raise DeviceError(f"attention with an added mask is trained on CPUs only, got {q.device}")
     return kernel
 
 
-def forward(tensors: Operands, mask: Mask, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(tensors: Operands, mask: AddedMask, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of [B, H, n, ·] tensors, and the log-sum-exp that :func:`backward` takes.
 
     Returns:
@@ -205,7 +208,7 @@ def forward(tensors: Operands, mask: Mask, scale: float) -> tuple[torch.Tensor, 
     if 0 in (*q.shape[:-1], *v.shape[-2:]):  # nothing to sum, and nothing that torch's kernel survives
         return q.new_zeros(*q.shape[:-1], v.shape[-1]), q.new_zeros(q.shape[:-1], dtype=wide)
     plan = _plan(mask, q, k)
-    out, lse = exact.fused_forward(kernel, q, k, v, scale, False, plan.kernel)
+    out, lse = exact.fused_forward(kernel, q, k, v, ExactSoftmax(scale, NONE), plan.kernel)
     if plan.alone is not None:
         for part in _parts(plan.alone, q, k):
             part.write(out, _written(part.operands(q, k, v), part.mask(plan.written), scale))
@@ -213,7 +216,7 @@ def forward(tensors: Operands, mask: Mask, scale: float) -> tuple[torch.Tensor, 
 
 
 def backward(
-    g: torch.Tensor, tensors: Operands, mask: Mask, out: torch.Tensor, lse: torch.Tensor, scale: float
+    g: torch.Tensor, tensors: Operands, mask: AddedMask, out: torch.Tensor, lse: torch.Tensor, scale: float
 ) -> Operands:
     """Gradients of :func:`forward` by q, k and v, of their dtypes.
 
@@ -224,13 +227,13 @@ def backward(
     kernel, wide = _kernel(q), accumulator(q.dtype)
     if 0 in (*q.shape[:-1], *v.shape[-2:]):
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    plan = _plan(mask, q, k)
+    plan, softmax = _plan(mask, q, k), ExactSoftmax(scale, NONE)
     if plan.alone is None:
-        return exact.fused_backward(kernel, g, tensors, out, lse, scale, False, plan.kernel)
+        return exact.fused_backward(kernel, g, tensors, out, lse, softmax, plan.kernel)
     # To the kernel the other rows have weights exp(-inf), no output and no gradient.
     rest = g.masked_fill(plan.alone, 0), out.masked_fill(plan.alone, 0)
     quiet = lse.masked_fill(plan.alone.squeeze(-1), math.inf)
-    dq, dk, dv = exact.fused_backward(kernel, rest[0], tensors, rest[1], quiet, scale, False, plan.kernel)
+    dq, dk, dv = exact.fused_backward(kernel, rest[0], tensors, rest[1], quiet, softmax, plan.kernel)
     made = dq, dk.to(wide), dv.to(wide)
     # Inside an operator autograd is off; in a thread of its own it is on, whatever the caller is in the middle of.
     with ThreadPoolExecutor(1) as pool:
@@ -255,7 +258,7 @@ def _masked(
     version: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        out, lse = forward((q, k, v), Mask(mask, kept, fill), scale)
+        out, lse = forward((q, k, v), AddedMask(mask, kept, fill), scale)
         return exact.tokens_first(out), lse
 
 
@@ -286,7 +289,7 @@ def _masked_backward(
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        made = backward(g, (q, k, v), Mask(mask, kept, fill), out, lse, scale)
+        made = backward(g, (q, k, v), AddedMask(mask, kept, fill), out, lse, scale)
     dq, dk, dv = (exact.tokens_first(x) if need else x.new_zeros(0) for need, x in zip(needs, made, strict=True))
     return dq, dk, dv
 

@@ -1,4 +1,4 @@
-"""Who looks on while attention runs: ``explain`` sees the tensors of every call, and of its backward, through this.
+"""Observers look on while attention runs: ``explain`` sees the tensors of every call, and of its backward.
 
 Nobody does otherwise, and a call then costs one look at an empty list.
 """
@@ -12,45 +12,51 @@ from typing import Protocol
 
 import torch
 
-from polyattn.runtime.execute import Setting
-from polyattn.runtime.guard import SiteState
+from polyattn.rewriter.families.family import Fit
+from polyattn.rewriter.masks.mask import Mask
+from polyattn.runtime.registry import Entry
+from polyattn.site_plan import SitePlan
 
 
-class Watcher(Protocol):
+class Observer(Protocol):
     """What is told of calls; tensors are those of the operators, [batch, heads, tokens, ·], and not copies."""
 
     def forward(
         self,
-        site: str,
-        state: SiteState,
+        entry: Entry,
         tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         out: torch.Tensor,
-        setting: Setting | None,
+        plan: SitePlan | None,
+        fit: Fit | None,
     ) -> None:
-        """A call of a site: q, k, v, its output, and how it was computed; None for exact attention."""
+        """A call of a site: q, k, v, its output, and how it was computed; a plan of None is exact attention.
+
+        The fit is what the features of its heads were; None where nothing is fitted.
+        """
 
     def backward(
-        self, g: torch.Tensor, tensors: Sequence[torch.Tensor], causal: bool, gradients: Sequence[torch.Tensor | None]
+        self, g: torch.Tensor, tensors: Sequence[torch.Tensor], mask: Mask, gradients: Sequence[torch.Tensor | None]
     ) -> None:
         """A backward of some call with these q, k and v: the output's gradient and theirs, None where not asked."""
 
 
 _lock = threading.Lock()
-_watchers: tuple[Watcher, ...] = ()
+_observers: tuple[Observer, ...] = ()
 
 
-def watchers() -> tuple[Watcher, ...]:
-    return _watchers
+def observers() -> tuple[Observer, ...]:
+    """Those that look on now."""
+    return _observers
 
 
 @contextlib.contextmanager
-def watching(watcher: Watcher) -> Iterator[None]:
-    """Tell a watcher of every call of this process, those of other threads too, until the end."""
-    global _watchers
+def observing(observer: Observer) -> Iterator[None]:
+    """Tell an observer of every call of this process, those of other threads too, until the end."""
+    global _observers
     with _lock:
-        _watchers = (*_watchers, watcher)
+        _observers = (*_observers, observer)
     try:
         yield
     finally:
         with _lock:
-            _watchers = tuple(w for w in _watchers if w is not watcher)
+            _observers = tuple(w for w in _observers if w is not observer)

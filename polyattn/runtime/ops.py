@@ -1,6 +1,6 @@
 """The operators that stand in the graph, ``polyattn::attention`` and its backward, and ``polyattn.attention``.
 
-The forward takes its site's decision (:mod:`polyattn.runtime.guard`), runs the low-rank kernels
+The forward takes its site's decision (:mod:`polyattn.runtime.registry`), runs the low-rank kernels
 (:mod:`polyattn.runtime.execute`) or exact attention, audits (:mod:`polyattn.runtime.audit`), and hands the plan to its
 backward with the saved tensors.
 """
@@ -19,14 +19,15 @@ import torch
 
 from polyattn.errors import DeviceError, DoubleBackwardError, DtypeError, ShapeError
 from polyattn.options import Options
-from polyattn.passes.derive.kernels import exact_nodes
+from polyattn.rewriter.masks.mask import CAUSAL, NONE
 from polyattn.runtime import exact as dense
-from polyattn.runtime import execute, fitting, guard
+from polyattn.runtime import execute, fits, policy, registry
 from polyattn.runtime import key_mask as masking
 from polyattn.runtime.call import attempt
-from polyattn.runtime.centring import Heavy
-from polyattn.runtime.observe import watchers
-from polyattn.runtime.projection import Few
+from polyattn.runtime.exact import ExactSoftmax
+from polyattn.runtime.execute import accumulator
+from polyattn.runtime.observe import observers
+from polyattn.site_plan import EXACT, SitePlan, intern, interned
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -79,8 +80,9 @@ def _options(key: str) -> Options:
     return Options.from_key(key)
 
 
-def _nothing_fitted(options: Options, k: torch.Tensor) -> torch.Tensor:
-    return k.new_zeros(fitting.shape(options, k), dtype=execute.accumulator(k.dtype))
+@functools.lru_cache(maxsize=1024)
+def _site_plan(options: str, causal: bool, scale: float, d: int, device: str) -> SitePlan:
+    return SitePlan.of(_options(options), causal, scale, d, device)
 
 
 @torch.library.custom_op(
@@ -101,60 +103,42 @@ def _attention(
     version: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     opts = _options(options)
-    accumulator = execute.accumulator(q.dtype)
-    chunk = guard.chunk_length(opts, q.shape[-1], q.device.type, causal)
-    setting = execute.Setting(
-        scale,
-        causal,
-        opts.resolved_degree,
-        opts.resolved_gradient,
-        chunk,
-        opts.resolved_shift(causal),
-        opts.band(causal),
-        Heavy(opts.heavy_keys, opts.exact_keys),
-        Few(*opts.directions),
-    )
+    plain = _site_plan(options, causal, scale, q.shape[-1], q.device.type)
+    wide = accumulator(q.dtype)
     if q.numel() == 0 or k.numel() == 0:  # nothing to decide, and nothing that torch's kernel survives
-        out, stat = dense.empty_tokens_first(q, v.shape[-1]).zero_(), q.new_zeros(q.shape[:-1], dtype=accumulator)
-        return out, stat, _nothing_fitted(opts, k), _plan(False, setting)
+        out, stat = dense.empty_tokens_first(q, v.shape[-1]).zero_(), q.new_zeros(q.shape[:-1], dtype=wide)
+        return out, stat, fits.nothing(k, opts), torch.tensor([EXACT])
     pointers = tuple(owner.data_ptr() for owner in owners)
-    where = guard.Key(site, pointers, options, causal, scale, q.shape[-1], v.shape[-1])
-    state = guard.find(where) or guard.keep(where, guard.decide(_shape(q, k, v), causal, opts, q.device.type))
-    ticket = state.enter(opts, q, k, v)
+    key = registry.Key(site, pointers, options, causal, scale, q.shape[-1], v.shape[-1])
+    entry = registry.find(key, lambda: policy.decide(_shape(q, k, v), plain, opts))
+    record = registry.enter(entry, opts, q, k, v)
     with torch.autocast(q.device.type, enabled=False):
-        made, fit = None, None
-        if ticket.low_rank:
-            made, setting, fit = attempt(where, state, ticket, (q, k, v), setting, opts)
-        state.leave(ticket, made is not None, fit, q, k, v)
-        plan = _plan(made is not None, setting)
+        made, fit, plan = None, None, plain
+        if record.low_rank:
+            made, plan, fit = attempt(entry, record, (q, k, v), opts)
+        registry.leave(entry, record, made is not None, fit, q, k, v)
         # operators may not return what they keep
-        fitted = _nothing_fitted(opts, k) if setting.fitted is None else setting.fitted.clone()
+        fitted = fits.nothing(k, opts) if fit is None else fit.values.clone()
         if made is None:
-            out, stat = dense.forward(q, k, v, scale, causal)
-            out, stat = dense.tokens_first(out), stat.to(accumulator)
+            out, stat = dense.forward(q, k, v, plain)
+            out, stat = dense.tokens_first(out), stat.to(wide)
         else:
             out = dense.tokens_first(made.out.reshape(*q.shape[:-1], v.shape[-1]).to(q.dtype))
             stat = made.denominators.reshape(q.shape[:-1])
-        for watcher in watchers():
-            watcher.forward(site, state, (q, k, v), out, None if made is None else setting)
-        return out, stat, fitted, plan
-
-
-def _plan(low_rank: bool, setting: execute.Setting) -> torch.Tensor:
-    """What a call did, for its backward: whether it was low rank, and the numbers of its setting."""
-    return torch.cat([torch.tensor([int(low_rank)]), setting.numbers()])
+        for observer in observers():
+            used = None if made is None else plan
+            observer.forward(entry, (q, k, v), out, used, fit)
+        return out, stat, fitted, torch.tensor([intern(plan) if made is not None else EXACT])
 
 
 @_attention.register_fake
 def _(q: Any, k: Any, v: Any, owners: Any, scale: Any, causal: Any, site: Any, options: Any, version: Any) -> Any:
     check(q, k, v)
-    accumulator = execute.accumulator(q.dtype)
+    wide = accumulator(q.dtype)
     out = dense.empty_tokens_first(q, v.shape[-1])
-    stat = q.new_empty(q.shape[:-1], dtype=accumulator)
-    opts = _options(options)
-    fitted = q.new_empty(fitting.shape(opts, k), dtype=accumulator)
-    numbers = 1 + execute.NUMBERS + len(opts.exact_keys)
-    return out, stat, fitted, torch.empty(numbers, dtype=torch.int64, device="cpu")
+    stat = q.new_empty(q.shape[:-1], dtype=wide)
+    fitted = q.new_empty(fits.packed_shape(k, _options(options)), dtype=wide)
+    return out, stat, fitted, torch.empty(1, dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op(
@@ -180,21 +164,22 @@ def _attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     with torch.autocast(q.device.type, enabled=False):
         made: tuple[torch.Tensor | None, ...]
+        mask, forward = CAUSAL if causal else NONE, interned(int(plan))
         if q.numel() == 0 or k.numel() == 0:
             made = (torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
-        elif int(plan[0]):
-            setting = execute.Setting.of(plan[1:], scale, causal, fitted)
-            made = execute.backward(g, q, k, v, out, stat, setting, needs)
+        elif forward is not None:
+            kept = fitted if fitted.numel() else None
+            made = execute.backward(g, q, k, v, out, stat, forward, kept, needs)
         else:
-            made = dense.backward(exact_nodes(causal), g, (q, k, v), out, stat, scale, causal)
+            made = dense.backward(g, (q, k, v), out, stat, ExactSoftmax(scale, mask))
     results = []
     for need, x, like in zip(needs, made, (q, k, v), strict=True):
         if need and x is not None:
             results.append(dense.tokens_first(x.reshape(like.shape).to(like.dtype)))
         else:
             results.append(like.new_zeros(0))
-    for watcher in watchers():
-        watcher.backward(g, (q, k, v), causal, [x if need else None for need, x in zip(needs, results, strict=True)])
+    for observer in observers():
+        observer.backward(g, (q, k, v), mask, [x if need else None for need, x in zip(needs, results, strict=True)])
     return results[0], results[1], results[2]
 
 

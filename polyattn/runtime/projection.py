@@ -15,14 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from polyattn.rewriter.families.polynomial import coefficients as polynomial
-
-
-class Few(NamedTuple):
-    """How many directions values, and how many queries and keys, are projected on; 0: they are not."""
-
-    values: int = 0
-    keys: int = 0
+from polyattn.rewriter.families.polynomial.coefficients import balance
+from polyattn.site_plan import ProjectionRanks
 
 
 class Projected(NamedTuple):
@@ -33,7 +27,7 @@ class Projected(NamedTuple):
     of_keys: torch.Tensor | None
     """Orthonormal directions of the keys, [heads, d, d′]: those that dQ has coordinates of; None: dQ is whole."""
     of_queries: torch.Tensor | None
-    """Of the queries: those of dK."""
+    """Orthonormal directions of the queries: those that dK has coordinates of; None: dK is whole."""
 
     def back(self, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Gradients of queries and keys from their coordinates; others are left as they are."""
@@ -50,8 +44,8 @@ def finite(*tensors: torch.Tensor) -> bool:
     return all(bool(x.isfinite().all()) for x in tensors)
 
 
-def project(inputs: Mapping[str, torch.Tensor], few: Few, rows: Callable[[], torch.Tensor]) -> Projected:
-    """On so many directions, or all where there are fewer.
+def project(inputs: Mapping[str, torch.Tensor], ranks: ProjectionRanks, rows: Callable[[], torch.Tensor]) -> Projected:
+    """Project on so many directions, or on all where there are fewer.
 
     Args:
         inputs: Q, K, V, G and O, as the kernels take them, all of them finite.
@@ -60,11 +54,11 @@ def project(inputs: Mapping[str, torch.Tensor], few: Few, rows: Callable[[], tor
     q, k, v, g, out = (inputs[name] for name in ("Q", "K", "V", "G", "O"))
     made: dict[str, torch.Tensor] = {}
     of_k = of_q = None
-    if few.values:
-        centre, (of_g, of_v) = v.mean(1, keepdim=True), values(g, v, few.values)
+    if ranks.values:
+        centre, (of_g, of_v) = v.mean(1, keepdim=True), values(g, v, ranks.values)
         made |= {"G": g @ of_g[:, None], "V": (v - centre) @ of_v, "O": (out - centre[:, None]) @ of_v[:, None]}
-    if few.keys:
-        of_k, of_q = directions(rows(), few.keys), directions(q, few.keys)
+    if ranks.keys:
+        of_k, of_q = directions(rows(), ranks.keys), directions(q, ranks.keys)
         made |= {"QP": q @ of_q[:, None], "KP": k @ of_k}
     return Projected(made, of_k, of_q)
 
@@ -72,8 +66,8 @@ def project(inputs: Mapping[str, torch.Tensor], few: Few, rows: Callable[[], tor
 def values(g: torch.Tensor, v: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Matrices [heads, e, e′] with (G A) (V B)ᵀ ≈ G Vᵀ for values around their mean."""
     shifted = v - v.mean(1, keepdim=True)
-    turn = polynomial.balance(g.flatten(1, 2), shifted, torch.ones_like(v[..., 0]))
-    return turn.q[..., -count:].to(v.dtype), turn.k[..., -count:].to(v.dtype)
+    change = balance(g.flatten(1, 2), shifted, torch.ones_like(v[..., 0]))
+    return change.q[..., -count:].to(v.dtype), change.k[..., -count:].to(v.dtype)
 
 
 def directions(x: torch.Tensor, count: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 
 from polyattn.codegen.operations import Operations
-from polyattn.rewriter.families.polynomial import monomials
+from polyattn.rewriter.algebra import monomials
 from polyattn.rewriter.planning.plan import Node
 
 
@@ -36,6 +36,7 @@ class Rectangle(Operations):
         self.inputs = {**self.inputs, **values}
 
     def value(self, n: Node) -> torch.Tensor:
+        """The value of a node of the exact plan, computed once."""
         if n not in self._values:
             self._values[n] = self._made(n)
         return self._values[n]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from polyattn.runtime.fit import Fit
+from polyattn.rewriter.families.family import Fit
 
 KEPT = 256
 """Calls of a site that are remembered: a recomputation further back than that counts as a call of its own."""

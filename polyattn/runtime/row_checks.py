@@ -1,9 +1,9 @@
-"""Rows of a low-rank form that no softmax has: they are off for certain, at a cost linear in the tokens.
+"""Validity checks of rows: rows of a low-rank form that no softmax has are off for certain, at a linear cost.
 
-A row of softmax attention has a denominator of at least W exp(Σ_j b_j s_j / W), by Jensen's inequality, with weights b,
-their sum W and logits s; and its output is a mean of values, no further from any point than the furthest value. Where
-an approximation of exp is close, both hold; rows far outside of what was fitted, whose denominators are near zero or
-whose entries are large and of both signs, break one of them most of the time.
+A row of softmax attention has a denominator of at least W exp(Σ_j b_j s_j / W), by Jensen's inequality, with factors b
+of the keys, their sum W and logits s; and its output is a mean of values, no further from any point than the furthest
+value. Where an approximation of exp is close, both hold; rows far outside of what was fitted, whose denominators are
+near zero or whose entries are large and of both signs, break one of them most of the time.
 
 Tensors are grouped by key head: queries [heads, groups, n_q, d], keys [heads, n_k, d], values [heads, n_k, e].
 """
@@ -12,25 +12,23 @@ from __future__ import annotations
 
 import torch
 
-from polyattn.runtime.centring import Moved
+from polyattn.runtime.centring import Centred
+from polyattn.site_plan import SitePlan
 
 SHARE, REACH = 0.5, 1.1
-"""Of the least denominator, and of the distance of the furthest value, at which a row is taken for off: half of the
-denominator is missing, or the output is off by a tenth of that distance."""
+"""Parts of the least denominator, and of the distance of the furthest value, from which on a row is taken for off:
+half of the denominator is missing, or the output is off by a tenth of that distance."""
 
 
-def denominators(moved: Moved, found: torch.Tensor, scale: float, causal: bool) -> torch.Tensor:
-    """Which denominators [heads, groups, n_q] are not finite, not positive or too small; of keys that have weights."""
-    weights = torch.ones_like(moved.k[..., 0]) if moved.weights is None else moved.weights
-    sums, means = weights, moved.k * weights[..., None]
-    if causal:
-        last = torch.arange(found.shape[-1], device=found.device).clamp_max(weights.shape[1] - 1)
-        sums, means = sums.cumsum(1)[:, last], means.cumsum(1)[:, last]
-    else:
-        sums, means = sums.sum(1, keepdim=True), means.sum(1, keepdim=True)
+def denominators(centred: Centred, found: torch.Tensor, plan: SitePlan) -> torch.Tensor:
+    """Which denominators [heads, groups, n_q] are not finite, not positive or too small."""
+    factors = torch.ones_like(centred.k[..., 0]) if centred.factors is None else centred.factors
+    n_q = found.shape[-1]
+    sums = plan.mask.sums_of(factors, n_q)
+    means = plan.mask.sums_of(centred.k * factors[..., None], n_q)
     means = means / sums.clamp_min(torch.finfo(sums.dtype).tiny)[..., None]
-    least = (scale * (moved.q * means[:, None]).sum(-1)).exp() * sums[:, None]
-    # Where every key that is seen has weight zero, nothing is missing.
+    least = (plan.scale * (centred.q * means[:, None]).sum(-1)).exp() * sums[:, None]
+    # Where every key that is seen has the factor zero, nothing is missing.
     return ~(torch.isfinite(found) & ((found > SHARE * least) | ((sums == 0)[:, None] & (found == 0))))
 
 

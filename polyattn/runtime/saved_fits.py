@@ -9,6 +9,7 @@ A fit is known by the parameters that feed its attention: their names in the fil
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 from collections.abc import Mapping
@@ -17,18 +18,20 @@ from typing import Any
 import torch
 
 from polyattn.errors import FitError
-from polyattn.options import Options
-from polyattn.runtime import fitting, guard
-from polyattn.runtime.fit import Fit
-from polyattn.runtime.guard import Key
+from polyattn.options import RENAMED, Options
+from polyattn.rewriter.families.family import Fit
+from polyattn.runtime import registry
+from polyattn.runtime.registry import Key
+from polyattn.runtime.state import SiteState
+from polyattn.site_plan import SitePlan
 
 log = logging.getLogger("polyattn")
 _lock = threading.Lock()
 _loaded: dict[tuple[tuple[int, ...], str], tuple[str, Mapping[str, Any]]] = {}
-"""By pointers of the owners and number of the site in its graph: name and saved fit."""
+"""Name and saved fit, by pointers of the owners and number of the site in its graph."""
 RELEVANT = (
-    "features", "degree", "polynomial", "rank", "shift", "causal_stats", "near_field", "causal_chunk", "heavy_keys",
-    "exact_keys",
+    "features", "degree", "polynomial", "rank", "centring", "causal_stats", "local_window", "causal_chunk",
+    "outlier_keys", "exact_keys",
 )  # fmt: skip
 """Options that a fit depends on."""
 
@@ -42,14 +45,14 @@ def fits(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
     names = _names(model)
     found: dict[str, dict[str, Any]] = {}
     calls: dict[str, int] = {}
-    for where, state in guard.every():
-        name = _name(where, names)
-        if name is None or state.fit is None or state.calls < calls.get(name, 0):
+    for entry in registry.entries():
+        name, state = _name(entry.key, names), entry.state
+        if name is None or state.fit is None or state.counters.calls < calls.get(name, 0):
             continue
-        calls[name] = state.calls
+        calls[name] = state.counters.calls
         fit = state.fit
         found[name] = {
-            "form": _form(where),
+            "form": _form(entry.key),
             "values": fit.values.clone(),
             "widths": list(fit.widths),
             "radius": None if fit.radius is None else fit.radius.clone(),
@@ -86,15 +89,18 @@ def refresh(model: torch.nn.Module | None = None) -> int:
     """
     names = None if model is None else _names(model)
     forgotten = 0
-    for where, state in guard.every():
-        if names is None or _name(where, names) is not None:
-            with state.lock:
-                forgotten += state.fit is not None
-                state.fit, state.wait = None, 1
+    for entry in registry.entries():
+        if names is None or _name(entry.key, names) is not None:
+            forgotten += entry.state.fit is not None
+            registry.update(entry, _without_fit)
     with _lock:
         for key in [k for k in _loaded if names is None or set(k[0]) <= set(names)]:
             del _loaded[key]
     return forgotten
+
+
+def _without_fit(state: SiteState) -> SiteState:
+    return dataclasses.replace(state.counting(wait=1), fit=None)
 
 
 def reset() -> None:
@@ -103,15 +109,16 @@ def reset() -> None:
         _loaded.clear()
 
 
-def taken(where: Key, k: torch.Tensor, options: Options) -> Fit | None:
+def taken(where: Key, plan: SitePlan, k: torch.Tensor) -> Fit | None:
     """The loaded fit of a site, if there is one that suits it; keys k [batch, kv_heads, n_k, d]."""
     with _lock:
         name, saved = _loaded.get((where.owners, where.place), ("", None))
     if saved is None:
         return None
     form, values = _form(where), saved["values"]
-    differ = {key: (saved["form"].get(key), value) for key, value in form.items() if saved["form"].get(key) != value}
-    if differ or tuple(values.shape) != fitting.shape(options, k):
+    given = {RENAMED.get(key, key): value for key, value in saved["form"].items()}
+    differ = {key: (given.get(key), value) for key, value in form.items() if given.get(key) != value}
+    if differ or tuple(values.shape) != plan.family.packed_shape(k.shape[1], k.shape[-1]):
         said = ", ".join(f"{key}={old!r} instead of {new!r}" for key, (old, new) in differ.items())
         log.warning("polyattn: the saved fit %s was made with %s; fitting anew", name, said or "other shapes")
         return None
@@ -132,7 +139,7 @@ def _names(model: torch.nn.Module) -> dict[int, str]:
 
 
 def _name(where: Key, names: Mapping[int, str]) -> str | None:
-    """Of a site that a model's parameters feed; None for others."""
+    """The name of a site that a model's parameters feed; None for others."""
     if not where.owners or not all(owner in names for owner in where.owners):
         return None
     return "+".join(names[owner] for owner in where.owners) + f"#{where.place}"

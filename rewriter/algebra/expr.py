@@ -8,7 +8,7 @@ index, the row-wise Kronecker product two factors with one token index in common
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import sympy
 
@@ -23,9 +23,7 @@ from polyattn.rewriter.algebra.tensor import (
     R1,
     TOKEN,
     VALUE,
-    Concat,
     D,
-    Def,
     E,
     Feature,
     Index,
@@ -88,7 +86,7 @@ __all__ = [
     "scalar",
     "scale",
     "sum_over",
-]
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -147,6 +145,39 @@ class Expr:
 
     def __repr__(self) -> str:
         return f"[{','.join(map(repr, self.out))}] " + (" + ".join(map(repr, self.terms)) or "0")
+
+
+@dataclass(frozen=True)
+class Def(Tensor):
+    """A named intermediate. Names are unique in a program, so equality is equality of names."""
+
+    label: str
+    expr: Expr = field(compare=False, repr=False)
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        return tuple(index.kind for index in self.expr.indices)
+
+    @property
+    def name(self) -> str:
+        return self.label
+
+
+@dataclass(frozen=True)
+class Concat(Tensor):
+    """Columns of several token-level tensors side by side, [U₁, U₂, …]; ``parts`` are expressions [token(, column)]."""
+
+    label: str
+    parts: tuple[Expr, ...]
+    column: Kind
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        return (self.parts[0].indices[0].kind, self.column)
+
+    @property
+    def name(self) -> str:
+        return self.label
 
 
 def scalar(value: sympy.Expr | float | int) -> Expr:

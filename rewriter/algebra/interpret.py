@@ -12,6 +12,7 @@ import sympy
 import torch
 
 from polyattn.errors import RewriteError
+from polyattn.rewriter.algebra import monomials
 from polyattn.rewriter.algebra.expr import (
     Concat,
     Def,
@@ -30,7 +31,6 @@ from polyattn.rewriter.algebra.expr import (
     Tensor,
     Weights,
 )
-from polyattn.rewriter.families.polynomial import monomials
 
 
 class Interpreter:

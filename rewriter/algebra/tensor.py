@@ -1,27 +1,25 @@
 """Tensors: what a factor of an expression indexes, and the axes that it has.
 
 An axis is a ``Kind`` with a symbolic size; an ``Index`` is one use of it inside a term.  Everything that a factor can
-name is a ``Tensor``: inputs, masks, named intermediates, elementwise functions, features, weights, selections, stacks.
+name is a ``Tensor``: inputs, masks, elementwise functions, features, weights, selections, parts of stacks; what holds
+expressions itself, named intermediates and stacks, is in ``expr``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import sympy
-
-if TYPE_CHECKING:
-    from polyattn.rewriter.algebra.expr import Expr
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A sort of axis: its letter, its symbolic size, and whether it runs over tokens."""
+    """A sort of axis: its letter, its symbolic size, and whether it runs over tokens, or over features of a rule."""
 
     letter: str
     size: sympy.Expr
     token: bool = False
+    feature: bool = field(default=False, compare=False)
 
     def __repr__(self) -> str:
         return f"{self.letter}:{self.size}"
@@ -43,6 +41,8 @@ N_Q, N_K, D, E, R, R1, CHUNK = sympy.symbols("n_q n_k d e r r' C", positive=True
 D1, E1 = sympy.symbols("d' e'", positive=True)
 """Directions of queries and keys, and of values (rewriter/rules/project.py)."""
 N = sympy.Symbol("n", positive=True)
+RANK_LETTERS = "αβγδε"
+"""Axes of monomials by degree, from the top."""
 QUERY = Kind("i", N_Q, token=True)
 KEY = Kind("j", N_K, token=True)
 TOKEN = Kind("t", N, token=True)
@@ -96,22 +96,6 @@ class Indicator(Tensor):
     @property
     def name(self) -> str:
         return {"causal": "M", "all": "M", "near": "M_near", "far": "M_far"}[self.which]
-
-
-@dataclass(frozen=True)
-class Def(Tensor):
-    """A named intermediate. Names are unique in a program, so equality is equality of names."""
-
-    label: str
-    expr: Expr = field(compare=False, repr=False)
-
-    @property
-    def kinds(self) -> tuple[Kind, ...]:
-        return tuple(index.kind for index in self.expr.indices)
-
-    @property
-    def name(self) -> str:
-        return self.label
 
 
 @dataclass(frozen=True)
@@ -209,23 +193,6 @@ class Select(Tensor):
     @property
     def name(self) -> str:
         return "C"
-
-
-@dataclass(frozen=True)
-class Concat(Tensor):
-    """Columns of several token-level tensors side by side, [U₁, U₂, …]; ``parts`` are expressions [token(, column)]."""
-
-    label: str
-    parts: tuple[Expr, ...]
-    column: Kind
-
-    @property
-    def kinds(self) -> tuple[Kind, ...]:
-        return (self.parts[0].indices[0].kind, self.column)
-
-    @property
-    def name(self) -> str:
-        return self.label
 
 
 @dataclass(frozen=True)

@@ -42,10 +42,14 @@ class Mask:
     """Of formulas, after them."""
     split: ClassVar[str] = ""
     """What M_near and M_far are, in the log of a derivation."""
+    gaps: ClassVar[tuple[int, int]] = (0, 0)
+    """Least and greatest number of chunks that a query is after a key where they are near, or hidden beside such."""
     whole: ClassVar[str | None] = None
     """Which :class:`Indicator` the form holds; None for no factor on pairs of tokens."""
     hides: ClassVar[bool] = False
     """Whether a query does not see every key."""
+    is_causal: ClassVar[bool] = False
+    """The argument of torch's fused attention."""
     share: ClassVar[sympy.Rational] = sympy.Integer(1)
     """The part of the pairs that exact attention computes."""
 
@@ -96,7 +100,8 @@ class Causal(Mask):
     """Query i sees keys j ≤ i (torch's ``is_causal``, also for n_q ≠ n_k); keys of its own chunk are near (§6)."""
 
     name, title, prefix, suffix = "causal", "under a causal mask, in chunks", "causal_", ", causal"
-    sums, near_chunks, whole, hides = Sums.RUNNING, 1, "causal", True
+    sums, near_chunks, gaps, whole = Sums.RUNNING, 1, (-1, 0), "causal"
+    hides = is_causal = True
     share = sympy.Rational(1, 2)
     split = "M = M_near + M_far: j in the chunk of i, j in an earlier chunk (§6)"
 
@@ -119,7 +124,7 @@ class LocalWindow(Mask):
 
     name, title, prefix = "local window", "with an exact band of neighbouring chunks", "local_window_"
     remark = ", near pairs apart"
-    sums, near_chunks, whole = Sums.ELSEWHERE, 3, "all"
+    sums, near_chunks, gaps, whole = Sums.ELSEWHERE, 3, (-1, 1), "all"
     split = "M = M_near + M_far: j in the chunk of i or next to it, j elsewhere (§3, exact near field)"
 
     def near(self, rows: torch.Tensor, columns: torch.Tensor, chunk: int) -> torch.Tensor:

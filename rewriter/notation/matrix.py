@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import sympy
 import torch
 
+from polyattn.rewriter.algebra import monomials
 from polyattn.rewriter.algebra.interpret import take_part
 from polyattn.rewriter.algebra.tensor import Kind
-from polyattn.rewriter.families.polynomial import monomials
 from polyattn.rewriter.notation.symbols import SUBSCRIPTS, TEXT, Style, Symbol, abs_
 
 SUM, ELEMENTWISE, PRODUCT, ATOM = range(4)

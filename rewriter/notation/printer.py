@@ -17,10 +17,8 @@ import sympy
 
 from polyattn.errors import RewriteError
 from polyattn.rewriter.algebra import expr as ir
-from polyattn.rewriter.algebra.expr import Expr, Factor, Program, Term
+from polyattn.rewriter.algebra.expr import Concat, Def, Expr, Factor, Program, Term
 from polyattn.rewriter.algebra.tensor import (
-    Concat,
-    Def,
     Feature,
     Indicator,
     Leaf,
@@ -206,14 +204,9 @@ class Notation:
 
     def lines(self) -> tuple[Line, ...]:
         made: list[Line] = []
-        defs = {d.label: d for d in self.program.defs}
         placed: set[str] = set()
 
         def place(label: str, name: Symbol, x: Expr) -> None:
-            for tensor in tensors(x):  # stacking may use a definition ahead of its place
-                if isinstance(tensor, Def) and tensor.label not in placed and tensor.label not in self._gone():
-                    place(tensor.label, self.names[tensor.label], defs[tensor.label].expr)
-            placed.add(label)
             tree = self.expr(x)
             new = [line for line in self.own.values() if line.note is None and line.name.text not in placed]
             placed.update(line.name.text for line in new)
@@ -221,7 +214,7 @@ class Notation:
 
         gone = self._gone()
         for definition in self.program.defs:
-            if definition.label not in gone and definition.label not in placed:
+            if definition.label not in gone:
                 place(definition.label, self.names[definition.label], definition.expr)
         for name, x in self.program.outputs.items():
             place(name, symbol(name), self.folded.get(name, x))

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import sympy
 
 from polyattn.rewriter.algebra import expr as ir
-from polyattn.rewriter.algebra.expr import Expr, Program
-from polyattn.rewriter.algebra.tensor import Concat, Index, Kind, Select
+from polyattn.rewriter.algebra.expr import Concat, Expr, Program
+from polyattn.rewriter.algebra.tensor import Index, Kind, Select
 from polyattn.rewriter.notation.assemble import Piece, Vertex, assemble
 from polyattn.rewriter.notation.matrix import Apply, Columns, Features, Matrix, Named, Ones, Ratio, Stacked, Sum
 from polyattn.rewriter.notation.printer import Notation, tensors

@@ -1,8 +1,8 @@
 """Costs as people read them: polynomials in n, d, e, r, r′ and C, and the terms that decide (math.md §7).
 
-``n_q`` and ``n_k`` are both written n.  A term's weight is its degree in d when r and C grow like d^g, r′ like d^(g−1)
-and e like d; the leading terms are the heaviest ones of the highest power of n.  Skeleton features have no degree g
-(None): their number m counts like d².
+``n_q`` and ``n_k`` are both written n.  A term's weight is its degree in d when e grows like d and the number of
+features and chunks as their rule says (``ApproximateRule.growth``: r like d^g for a polynomial of degree g); the
+leading terms are the heaviest ones of the highest power of n.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from collections.abc import Iterable, Mapping
 import sympy
 
 from polyattn.rewriter.algebra.tensor import CHUNK, D1, E1, N_K, N_Q, R1, D, E, N, R
-from polyattn.rewriter.families.polynomial.monomials import full, rank
-from polyattn.rewriter.families.skeleton.rule import M
 from polyattn.rewriter.notation.symbols import LATEX, TEXT, Style, symbol
 
 _WIDE = sympy.Symbol("(e+1)", positive=True)
@@ -51,24 +49,31 @@ def _monomials(x: sympy.Expr) -> Monomials:
     return found
 
 
-def _weight(x: sympy.Expr, degree: int | None) -> int:
-    g = 2 if degree is None else degree
-    weights = {R: g, CHUNK: g, R1: g - 1, M: 2, D: 1, E: 1, _WIDE: 1, D1: 1, E1: 1}
-    return sum(int(power) * weights.get(base, 0) for base, power in x.as_powers_dict().items())
+Growth = Mapping[sympy.Symbol, int]
+"""Degrees in d of the sizes that a rule brings in."""
+_ORDER = {R: 2, CHUNK: 2, R1: 1}
+"""The degrees by which terms are sorted as they are written, whatever the rule."""
+_OTHER = 2
+"""The degree of a size that is not named: the number of features of a rule without a degree."""
 
 
-def weight(sizes: Iterable[sympy.Expr], degree: int | None) -> int:
+def _weight(x: sympy.Expr, growth: Growth) -> int:
+    weights = {D: 1, E: 1, _WIDE: 1, D1: 1, E1: 1, **growth}
+    return sum(int(power) * weights.get(base, _OTHER * base.is_Symbol) for base, power in x.as_powers_dict().items())
+
+
+def weight(sizes: Iterable[sympy.Expr], growth: Growth) -> int:
     """The weight of a product of sizes."""
-    return sum(_weight(_WIDE if size == E + 1 else size, degree) for size in sizes)
+    return sum(_weight(_WIDE if size == E + 1 else size, growth) for size in sizes)
 
 
-def leading(cost: sympy.Expr, degree: int | None) -> sympy.Expr:
+def leading(cost: sympy.Expr, growth: Growth) -> sympy.Expr:
     """The terms of the highest power of n that weigh most."""
     flat = per_token(cost)
     power = token_power(flat)
     heavy = _monomials(flat.coeff(N, power))
-    top = max((_weight(m, degree) for m in heavy), default=0)
-    chosen = sum((c * m for m, c in heavy.items() if _weight(m, degree) == top), sympy.Integer(0))
+    top = max((_weight(m, growth) for m in heavy), default=0)
+    chosen = sum((c * m for m, c in heavy.items() if _weight(m, growth) == top), sympy.Integer(0))
     return sympy.expand((N**power * chosen).subs(_WIDE, E + 1))
 
 
@@ -90,16 +95,16 @@ def write(cost: sympy.Expr, style: Style = TEXT) -> str:
     return " + ".join(parts) or "0"
 
 
-def write_leading(cost: sympy.Expr, degree: int | None, style: Style = TEXT) -> str:
+def write_leading(cost: sympy.Expr, growth: Growth, style: Style = TEXT) -> str:
     """The leading terms, each with its n: ``8 n r (e+1)``, and whether anything is left."""
-    top = leading(cost, degree)
+    top = leading(cost, growth)
     inner = _monomials(top)
     rest = "" if sympy.expand(per_token(cost) - top) == 0 else " + …" if style is TEXT else r" + \ldots"
     return _sum(inner, style) + rest
 
 
 def _sum(inner: Monomials, style: Style) -> str:
-    order = sorted(inner, key=lambda m: (-_weight(m, 2), str(m)))
+    order = sorted(inner, key=lambda m: (-_weight(m, _ORDER), str(m)))
     text = ""
     for m in order:
         sign = (" - " if style.latex else " − ") if inner[m] < 0 else " + "
@@ -109,16 +114,20 @@ def _sum(inner: Monomials, style: Style) -> str:
 
 def _product(number: sympy.Expr, rest: sympy.Expr, style: Style) -> str:
     powers = rest.as_powers_dict() if rest != 1 else {}
-    order = [N, CHUNK, R, R1, M, _WIDE, E, D]
-    names = [s for s in order if s in powers] + sorted((s for s in powers if s not in order), key=str)
+    first, last = [N, CHUNK, R, R1], [_WIDE, E, D, E1, D1]
+    ranks = sorted((s for s in powers if s not in first and s not in last), key=str)
+    names = [s for s in (*first, *ranks, *last[:3]) if s in powers] + sorted(powers.keys() & {D1, E1}, key=str)
     parts = [style.power("(e+1)" if s == _WIDE else style.name(symbol(str(s))), int(powers[s])) for s in names]
     head = [str(number)] if number != 1 or not parts else []
     return (r" \, " if style is LATEX else " ").join(head + parts)
 
 
-def sizes(shape: Mapping[str, int], degree: int | None) -> dict[sympy.Symbol, int]:
-    """Numbers for the symbols: ``n_q``, ``n_k`` (or ``n``), ``d``, ``e``; for a causal site ``chunk``, for skeleton
-    features ``rank``."""
+def sizes(shape: Mapping[str, int], ranks: Mapping[sympy.Symbol, int]) -> dict[sympy.Symbol, int]:
+    """Numbers for the symbols: ``n_q``, ``n_k`` (or ``n``), ``d``, ``e``; for a site with chunks ``chunk``.
+
+    Args:
+        ranks: numbers of the rule's sizes, the number of features first.
+    """
     n_q = shape.get("n_q", shape.get("n", 0))
     d = shape["d"]
     found = {
@@ -128,5 +137,4 @@ def sizes(shape: Mapping[str, int], degree: int | None) -> dict[sympy.Symbol, in
         D: d,
         E: shape.get("e", d),
     }
-    ranks = {M: shape.get("rank", 512)} if degree is None else {R: rank(full(d, degree)), R1: rank(full(d, degree - 1))}
-    return found | ranks | {CHUNK: shape.get("chunk", min(next(iter(ranks.values())), n_q))}
+    return found | dict(ranks) | {CHUNK: shape.get("chunk", min(next(iter(ranks.values())), n_q))}

@@ -23,6 +23,7 @@ from polyattn.rewriter.algebra.expr import (
     Feature,
     Index,
     Indicator,
+    Kind,
     Leaf,
     Map,
     Part,
@@ -32,6 +33,7 @@ from polyattn.rewriter.algebra.expr import (
     Weights,
 )
 from polyattn.rewriter.planning.plan import Node, Plan, node
+from polyattn.rewriter.planning.verify import verify
 
 NOMINAL = {
     "n_q": 65536.0,
@@ -55,9 +57,20 @@ def plan(program: Program) -> Plan:
     """Give every expression of a program an order.
 
     Raises:
-        RewriteError: a term that cannot be contracted under its masks, or one with too many factors.
+        RewriteError: a term that cannot be contracted under its masks, one with too many factors, or an axis whose
+            size has no nominal value.
     """
-    return Plan(*_Planner(program).run())
+    made = Plan(*_Planner(program).run())
+    verify(made)
+    return made
+
+
+def _nominal(kind: Kind) -> float:
+    """The size of an axis at which orders are compared."""
+    unknown = sorted(s.name for s in kind.size.free_symbols if s.name not in NOMINAL)
+    if unknown:
+        raise RewriteError(f"the axis {kind} has no nominal size: planning/order.py knows no {', '.join(unknown)}")
+    return float(kind.size.subs({s: NOMINAL[s.name] for s in kind.size.free_symbols}))
 
 
 @dataclass(frozen=True)
@@ -91,7 +104,7 @@ class _Planner:
         for index in indices:
             size = index.kind.size
             if size not in self.sizes:
-                self.sizes[size] = float(size.subs({s: NOMINAL[s.name] for s in size.free_symbols}))
+                self.sizes[size] = _nominal(index.kind)
             tokens += index.kind.token
             total *= NOMINAL["C"] if tokens == 2 and index.kind.token and self.near else self.sizes[size]
         return total

@@ -140,9 +140,4 @@ class Plan:
 
     def token_degree(self) -> int:
         """The highest degree in n of the size of any intermediate: 1 for a plan that never forms n × n."""
-        n = sympy.Symbol("n", positive=True)
-        degree = 0
-        for made in walk(self.outputs.values()):
-            size = volume(made.axes, self.near).subs({k.size: n for k in made.axes if k.token})
-            degree = max(degree, int(sympy.degree(size, n)) if size.has(n) else 0)
-        return degree
+        return max((n.tokens - (n.tokens == 2 and self.near > 0) for n in walk(self.outputs.values())), default=0)

@@ -9,39 +9,69 @@ so that a program of other values, G′ V′ᵀ ≈ G Vᵀ of width e′, is the
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
-from polyattn.errors import RewriteError
 from polyattn.rewriter.algebra import expr as ir
-from polyattn.rewriter.algebra.expr import Def, Expr, Factor, Leaf, Program, Term
+from polyattn.rewriter.algebra.expr import Def, Expr, Factor, Kind, Leaf, Program, Term
+from polyattn.rewriter.algebra.programs import prune
 from polyattn.rewriter.algebra.tensor import DIRECTION, KEY, QUERY
-from polyattn.rewriter.rules.exact import prune
+from polyattn.rewriter.algebra.verify import output_axes
+from polyattn.rewriter.rules.rule import Rule
 
 QP, KP = Leaf("QP", (QUERY, DIRECTION)), Leaf("KP", (KEY, DIRECTION))
 """Queries and keys in coordinates."""
+_OUTPUTS = (("dQ", "K", KP), ("dK", "Q", QP))
+"""Gradients, what they are a product with, and that in coordinates."""
 
 
-def project(program: Program) -> Program:
-    """Outputs dQ and dK in coordinates; the others are left as they are.
+@dataclass(frozen=True)
+class Project(Rule):
+    """Outputs dQ and dK in coordinates of a few directions; the others are left as they are."""
 
-    Raises:
-        RewriteError: a gradient that is not a sum of products with K (of dQ) or Q (of dK).
-    """
-    outputs = dict(program.outputs)
-    for name, source, leaf in (("dQ", "K", KP), ("dK", "Q", QP)):
-        x = _written_out(outputs[name])
-        token, open_index = x.indices
+    name = "project"
+    formula = "dQ U = dS K U → dS (K U);  dK W = dSᵀ Q W → dSᵀ (Q W)"
+    source = "math.md §2, the factor d of the substituted gradient"
+    note = "dQ U = dS (K U) and dK W = dSᵀ (Q W): a few directions of keys and queries (§2)"
+
+    def check(self, program: Program) -> str | None:
+        """Refuses a gradient that is not a sum of products with K (of dQ) or Q (of dK)."""
+        for name, source, _ in _OUTPUTS:
+            if name not in program.outputs:
+                return f"the program has no output {name}"
+            x = _written_out(program.outputs[name])
+            for term in x.terms:
+                carriers = _carriers(x, term)
+                if len(carriers) != 1 or carriers[0].tensor.name != source:
+                    return f"{name} is not a product with {source}: {term}"
+        return None
+
+    def axes(self, program: Program) -> Mapping[str, tuple[Kind, ...]]:
+        """dQ and dK have directions for columns."""
+        own = output_axes(program)
+        return {**own, **{name: (own[name][0], DIRECTION) for name, _, _ in _OUTPUTS}}
+
+    def rewrite(self, program: Program) -> Program:
+        """See :meth:`Rule.rewrite`."""
+        outputs = dict(program.outputs)
         (direction,) = ir.fresh((DIRECTION,), ())
-        terms = []
-        for term in x.terms:
-            carriers = [f for f in term.factors if open_index in f.indices]
-            if len(carriers) != 1 or carriers[0].tensor.name != source:
-                raise RewriteError(f"{name} is not a product with {source}: {term}")
-            (carrier,) = carriers
-            changed = Factor(leaf, (carrier.indices[0], direction))
-            terms.append(Term(term.coefficient, tuple(changed if f is carrier else f for f in term.factors)))
-        outputs[name] = ir.collect(Expr((token, direction), tuple(terms)))
-    return prune(replace(program, outputs=outputs))
+        for name, _, leaf in _OUTPUTS:
+            x = _written_out(outputs[name])
+            terms = []
+            for term in x.terms:
+                (carrier,) = _carriers(x, term)
+                changed = Factor(leaf, (carrier.indices[0], direction))
+                terms.append(Term(term.coefficient, tuple(changed if f is carrier else f for f in term.factors)))
+            outputs[name] = ir.collect(Expr((x.indices[0], direction), tuple(terms)))
+        return prune(replace(program, outputs=outputs))
+
+
+PROJECT = Project()
+
+
+def _carriers(x: Expr, term: Term) -> list[Factor]:
+    """The factors of a term that have the column of a gradient."""
+    return [f for f in term.factors if x.indices[1] in f.indices]
 
 
 def _written_out(x: Expr) -> Expr:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import sympy
 
@@ -33,14 +34,27 @@ from polyattn.rewriter.algebra.expr import (
     avoid,
     collect,
 )
-from polyattn.rewriter.rules.exact import is_pair
+from polyattn.rewriter.algebra.programs import is_pair, ordered
+from polyattn.rewriter.rules.rule import Rule
 
 ONE = sympy.Integer(1)
 
 
-def stack(program: Program) -> Program:
-    """Apply the forms of the rule wherever they fit."""
-    return _widen(_inside(_across(_write_out(program))))
+@dataclass(frozen=True)
+class Stack(Rule):
+    """Matrices that meet the same partner are put side by side: one wider contraction in place of several."""
+
+    name = "stack"
+    formula = "X ∘ (G Vᵀ) − X ∘ (δ 1ᵀ) → X ∘ ([G, −δ] [V, 1]ᵀ);  A V, A 1 → A [V, 1]"
+    source = "math.md §1, compact form"
+    note = "X ∘ (G Vᵀ) − X ∘ (δ 1ᵀ) = X ∘ ([G, −δ] [V, 1]ᵀ); A V and A 1 are columns of A [V, 1] (§1)"
+
+    def rewrite(self, program: Program) -> Program:
+        """See :meth:`Rule.rewrite`."""
+        return ordered(_widen(_inside(_across(_write_out(program)))))
+
+
+STACK = Stack()
 
 
 def _write_out(program: Program) -> Program:

@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operands import spec_inputs
+from rules import kernels
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from polyattn.codegen import tables
@@ -24,10 +26,9 @@ from polyattn.codegen.evaluate import Evaluation
 from polyattn.codegen.schedule import schedule
 from polyattn.codegen.spec import KernelSpec
 from polyattn.errors import ScheduleError
-from polyattn.passes.derive.kernels import kernels
+from polyattn.rewriter.algebra import monomials
 from polyattn.rewriter.algebra.expr import HEAD, KEY
-from polyattn.rewriter.families.polynomial import monomials
-from polyattn.rewriter.families.polynomial.rule import Approximation
+from polyattn.rewriter.families.polynomial.rule import PolynomialRule
 from polyattn.rewriter.planning.plan import node
 
 Inputs = dict[str, torch.Tensor]
@@ -39,7 +40,7 @@ gradients = pytest.mark.parametrize("gradient", ["consistent", "substituted"])
 
 def both(spec: KernelSpec, x: Mapping[str, torch.Tensor], degree: int, block: int) -> tuple[Inputs, Inputs]:
     """What evaluate and the emitted file make of a specification."""
-    scalars = {"s": 0.3, **Approximation(degree).values}
+    scalars = {"s": 0.3, **PolynomialRule(degree).values}
     basis = monomials.full(x["Q"].shape[-1], degree)
     return Evaluation(spec, x, scalars, basis, block).run(), cpu_target.run(spec, x, scalars, basis, block)
 
@@ -161,7 +162,7 @@ def test_reads_no_memory_that_it_has_not_written(causal: bool, gradient: str, n_
 def test_inputs_that_are_views_and_require_gradients() -> None:
     x = spec_inputs(4, 3, 21, 21, heads=2, groups=2)
     wide = {name: torch.stack([value, value], -1)[..., 0].requires_grad_() for name, value in x.items()}
-    scalars = {"s": 0.3, **Approximation(2).values}
+    scalars = {"s": 0.3, **PolynomialRule(2).values}
     spec = kernels(True, 2, "consistent").forward
     made = cpu_target.run(spec, wide, scalars, monomials.full(4, 2), 8)
     assert not made["O"].requires_grad
@@ -172,7 +173,7 @@ def test_a_future_key_whose_score_overflows_is_not_seen() -> None:
     x = spec_inputs(3, 3, 12, 12)
     x["K"][:, -1] = 1e4
     x["Q"][:, :, :-1] = x["Q"][:, :, :-1].abs() + 1
-    scalars = {"s": 1.0, **Approximation(2).values}
+    scalars = {"s": 1.0, **PolynomialRule(2).values}
     out = cpu_target.run(kernels(True, 2, "consistent").forward, x, scalars, monomials.full(3, 2), 12)["O"]
     assert bool(out[:, :, :-1].isfinite().all())
 
@@ -199,7 +200,7 @@ def test_no_tensor_grows_with_the_square_of_tokens_or_with_tokens_and_rank(
 ) -> None:
     n, d, block = 512, 3, 8
     x = spec_inputs(d, d, n, n, heads=1)
-    scalars = {"s": 0.3, **Approximation(degree).values}
+    scalars = {"s": 0.3, **PolynomialRule(degree).values}
     made = kernels(causal, degree, gradient)
     limit = max(n * (d + 1), monomials.rank(monomials.full(d, degree)) * max(block, d + 1) * (d + 1))
     assert limit < n * monomials.rank(monomials.full(d, degree))
@@ -282,7 +283,7 @@ def test_tracebacks_show_the_emitted_lines() -> None:
     x["V"] = x["V"][:, :5]
     with pytest.raises(RuntimeError) as caught:
         cpu_target.run(
-            kernels(False, 2, "consistent").forward, x, {"s": 1.0, **Approximation(2).values}, monomials.full(3, 2), 4
+            kernels(False, 2, "consistent").forward, x, {"s": 1.0, **PolynomialRule(2).values}, monomials.full(3, 2), 4
         )
     assert "v_hat[:, :, :-1] = v" in "".join(traceback.format_exception(caught.value))
 
@@ -308,10 +309,14 @@ def test_emitted_substituted_file(golden: Callable[..., None]) -> None:
     golden("cpu/backward-full-substituted.py.txt", cpu_target.emit(spec))
 
 
+SUPPORT = Path(__file__).parents[1] / "support"
+
+
 def test_the_text_does_not_depend_on_what_was_derived_before() -> None:
     code = (
-        "from polyattn.passes.kernels import kernels\n"
-        "from polyattn.codegen import cpu_target\n"
+        f"import sys; sys.path.insert(0, {str(SUPPORT)!r})\n"
+        "from rules import kernels\n"
+        "from polyattn.codegen.cpu import target as cpu_target\n"
         "kernels(True, 3, 'substituted'), kernels(False, 1, 'consistent').backward(('dV',))\n"
         "for causal in (True, False):\n"
         "    for gradient in ('substituted', 'consistent'):\n"

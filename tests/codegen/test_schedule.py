@@ -7,11 +7,12 @@ import subprocess
 import sys
 
 import pytest
+from rules import kernels
 
 from polyattn.codegen.schedule import schedule
 from polyattn.errors import ScheduleError
 from polyattn.passes.derive.derive import exact
-from polyattn.passes.derive.kernels import kernels
+from polyattn.passes.derive.forms import FORMS
 from polyattn.rewriter.planning.order import plan
 
 
@@ -41,7 +42,7 @@ def test_unwanted_gradients_are_not_in_the_loops() -> None:
 
 
 def test_exact_attention_cannot_be_laid_out() -> None:
-    outputs = plan(exact("softmax")).outputs
+    outputs = plan(exact(FORMS["softmax"])).outputs
     with pytest.raises(ScheduleError, match="two token axes"):
         schedule("exact", outputs)
 

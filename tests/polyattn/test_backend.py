@@ -19,7 +19,7 @@ import polyattn
 from polyattn.backend import compile_graph
 from polyattn.backend import polyattn as backend
 from polyattn.errors import ExpectSitesError, OptionValueError, UnknownOptionError
-from polyattn.runtime import guard
+from polyattn.runtime import registry
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -107,7 +107,7 @@ def test_six_blocks_compiled_one_by_one_keep_six_states() -> None:
     for block in blocks:
         x = torch.compile(block, backend=backend, options=EXACT)(x)
     states = [
-        state for report in polyattn.reports() for site in report.sites for state in guard.states(site.identifier)
+        state for report in polyattn.reports() for site in report.sites for state in registry.states(site.identifier)
     ]
     assert len(states) == 6
 

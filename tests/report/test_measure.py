@@ -12,7 +12,7 @@ import torch
 
 import polyattn
 from polyattn.errors import DtypeError, OptionValueError, ShapeError, UnknownOptionError
-from polyattn.runtime import guard
+from polyattn.runtime import registry
 
 D = 6
 
@@ -100,12 +100,12 @@ def test_half_precision_adds_its_rounding() -> None:
 @pytest.mark.parametrize("options", [{}, {"features": "skeleton", "rank": 16}], ids=["taylor", "fitted"])
 def test_calls_leave_nothing_behind_and_repeat(options: dict[str, Any]) -> None:
     tensors = operands()
-    before, generator = guard.every(), torch.get_rng_state()
+    before, generator = registry.entries(), torch.get_rng_state()
     first = polyattn.measure(*tensors, "white", options=options)
     polyattn.measure(*(2 * x for x in tensors), options=options)  # would leave another fit
     second = polyattn.measure(*tensors, "white", options=options)
     assert first.to_dict() == second.to_dict()
-    assert guard.every() == before
+    assert registry.entries() == before
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(not x.requires_grad for x in tensors)
 
@@ -114,11 +114,11 @@ def test_the_state_is_forgotten_when_the_call_fails(monkeypatch: pytest.MonkeyPa
     def fail(*_: object) -> object:
         raise ValueError("on purpose")
 
-    before = guard.every()
+    before = registry.entries()
     monkeypatch.setattr(polyattn.Errors, "of", fail)
     with pytest.raises(ValueError, match="on purpose"):
         polyattn.measure(*operands())
-    assert guard.every() == before
+    assert registry.entries() == before
 
 
 def test_works_without_grad_mode() -> None:

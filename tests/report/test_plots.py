@@ -20,7 +20,8 @@ from polyattn.errors import OptionValueError, PolyattnError
 from polyattn.report import plots
 from polyattn.report.plots import Samples
 from polyattn.report.sampling import sample
-from polyattn.runtime import execute, fitting
+from polyattn.runtime import execute, fits
+from polyattn.site_plan import SitePlan
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -150,8 +151,8 @@ def test_a_sum_after_a_normalisation_has_a_gradient() -> None:
 
 @pytest.mark.parametrize(
     "more",
-    [{"features": "skeleton", "rank": 24}, {"near_field": 4}, {"heavy_keys": 4}, {"polynomial": "least_squares"}],
-    ids=["skeleton", "band", "heavy", "fitted"],
+    [{"features": "skeleton", "rank": 24}, {"local_window": 4}, {"outlier_keys": 4}, {"polynomial": "least_squares"}],
+    ids=["skeleton", "local_window", "outlier_keys", "fitted"],
 )
 def test_weights_of_other_forms_make_the_output(more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     # With all keys drawn, Σ_j P̃_ij v_j is the output of the real call.
@@ -159,9 +160,9 @@ def test_weights_of_other_forms_make_the_output(more: dict[str, Any], monkeypatc
     module = importlib.import_module("polyattn.report.explain")
     original = module._Sampler.forward
 
-    def spy(self: Any, site: str, state: Any, tensors: Any, out: torch.Tensor, setting: Any) -> None:
+    def spy(self: Any, entry: Any, tensors: Any, out: torch.Tensor, plan: Any, fit: Any) -> None:
         outs.append(out.clone())
-        original(self, site, state, tensors, out, setting)
+        original(self, entry, tensors, out, plan, fit)
 
     monkeypatch.setattr(module._Sampler, "forward", spy)
     q, k, v = operands()
@@ -178,12 +179,12 @@ def test_weights_of_other_forms_make_the_output(more: dict[str, Any], monkeypatc
 def test_rows_that_the_call_made_exact_are_exact(many: int, all_exact: bool) -> None:
     q, k, v = (x.detach() for x in operands())
     options = polyattn.Options(features="skeleton", rank=16)
-    setting = execute.Setting(1 / math.sqrt(D), False, None, "consistent", CHUNK, "call")
-    setting = fitting.with_fit(setting, fitting.make("a site", (q, k, v), setting, options, 1, 0))
+    plan = SitePlan.of(options, False, 1 / math.sqrt(D), D, "cpu")
+    fit = fits.make("a site", (q, k, v), plan, options, 1, 0)
     far = q[0].flatten(0, 1)[:many]
     far *= 5 / far.norm(dim=-1, keepdim=True)  # the fit saw queries up to 4
-    made = execute.forward(*execute.grouped(q, k, v), setting)
-    samples = sample(0, (q, k, v), made.out.view(2, 4, N, 3), setting, 10_000, torch.Generator())
+    made = execute.forward(*execute.grouped(q, k, v), plan, fit.values, fit.radius)
+    samples = sample(0, (q, k, v), made.out.view(2, 4, N, 3), plan, fit, 10_000, torch.Generator())
     assert len(samples.rows) == 2 * 4 * N  # all there are
     assert torch.equal(samples.left, made.denominators.flatten() <= 0)
     assert bool(samples.left[:many].all()) == all_exact

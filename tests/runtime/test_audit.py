@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from sites import only_state
+from sites import Live, only_state
 
 import polyattn
 import polyattn.errors
 from polyattn.runtime import audit as auditing
-from polyattn.runtime import guard
+from polyattn.runtime import policy, registry
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -32,7 +33,7 @@ def attend(size: float = 0.3, **options: object) -> torch.Tensor:
     return polyattn.attention(*operands(size), options={"audit_every": 4, **options})
 
 
-def state() -> guard.SiteState:
+def state() -> Live:
     return only_state()
 
 
@@ -73,13 +74,13 @@ def test_every_audit_draws_other_rows_and_runs_repeat(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(auditing, "rows", spy)
     for _ in range(2):
-        guard.reset()
+        registry.reset()
         for _ in range(3):
             attend(audit_every=1)
     first, second = drawn[:3], drawn[3:]
     assert first == second
     assert len({tuple(rows) for rows in first}) == 3
-    guard.reset()
+    registry.reset()
     attend(seed=1)
     assert drawn[-1] != first[0]
 
@@ -133,9 +134,9 @@ def test_the_state_keeps_the_last_and_the_worst_error() -> None:
 
 
 def test_nan_stays_the_worst_error() -> None:
-    assert math.isnan(guard.larger(1.0, math.nan))
-    assert math.isnan(guard.larger(math.nan, 1.0))
-    assert guard.larger(None, 1.0) == guard.larger(0.5, 1.0) == guard.larger(1.0, 0.5) == 1.0
+    assert math.isnan(policy.larger(1.0, math.nan))
+    assert math.isnan(policy.larger(math.nan, 1.0))
+    assert policy.larger(None, 1.0) == policy.larger(0.5, 1.0) == policy.larger(1.0, 0.5) == 1.0
 
 
 def test_an_empty_call_decides_nothing() -> None:
@@ -186,15 +187,16 @@ def test_the_report_of_one_audit() -> None:
 
 
 def test_the_report_shows_the_layer_whose_error_is_nan() -> None:
-    from polyattn.report.model import _badness
+    from polyattn.report.reading import badness
 
     attend(policy="low_rank")
     good = state()
-    guard.reset()
+    registry.reset()
     attend(policy="low_rank")
     bad = state()
-    bad.error = math.nan
-    assert max([bad, good], key=_badness) is max([good, bad], key=_badness) is bad
+    bad.change(audit=dataclasses.replace(bad.now.audit, error=math.nan))
+    states = [bad.now, good.now]
+    assert max(states, key=badness) is max(states[::-1], key=badness) is states[0]
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, True])

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from sites import Model, only_state
 
 import polyattn
-from polyattn.rewriter.families.polynomial import monomials
-from polyattn.runtime import guard
+from polyattn.rewriter.algebra import monomials
+from polyattn.runtime import registry
 
 LOW: dict[str, Any] = {"policy": "low_rank", "audit_rows": 0}
 GRADIENTS = pytest.mark.parametrize("gradient", ["consistent", "substituted"])
@@ -57,7 +57,7 @@ def compare(found: torch.Tensor, wanted: torch.Tensor, inputs: list[torch.Tensor
 
 
 def check(inputs: list[torch.Tensor], mask: str, gradient: str, **more: Any) -> None:
-    guard.reset()
+    registry.reset()
     found = polyattn.attention(*inputs, causal=mask == "causal", options=options_of(mask, gradient=gradient, **more))
     state = only_state()
     assert state.exact_rows == 0
@@ -105,7 +105,7 @@ def test_equals_the_densely_written_approximation(mask: str, gradient: str, more
 def test_any_size(mask: str, gradient: str, groups: int, n: int, d: int, e: int, degree: int, nested: bool) -> None:
     more = {"rank": 1 + d + (monomials.rank(monomials.full(d, degree)) - d) // 3} if nested else {}
     inputs = operands(1, 2 * groups, 2, n, d, e, size=0.2)
-    guard.reset()
+    registry.reset()
     out = polyattn.attention(
         *inputs,
         causal=mask == "causal",
@@ -117,7 +117,7 @@ def test_any_size(mask: str, gradient: str, groups: int, n: int, d: int, e: int,
 
 
 def errors(inputs: list[torch.Tensor], options: dict[str, Any], causal: bool = False) -> float:
-    guard.reset()
+    registry.reset()
     q, k, v = (x.detach() for x in inputs)
     exact = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
     out = polyattn.attention(q, k, v, causal=causal, options={**LOW, **options})
@@ -144,7 +144,7 @@ def test_a_near_field_helps_heads_that_look_at_their_neighbourhood() -> None:
     exact = F.scaled_dot_product_attention(q, k, v)
     found = {}
     for near in (None, 8, 32):
-        guard.reset()
+        registry.reset()
         out = polyattn.attention(q, k, v, options={**LOW, "features": "skeleton", "rank": 64, "near_field": near})
         found[near] = float((out - exact).norm() / exact.norm())
     assert found[8] < 0.3 * found[None], found

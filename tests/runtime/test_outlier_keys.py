@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from sites import Model, only_state
 import polyattn
 from polyattn.errors import OptionValueError
 from polyattn.options import Options
-from polyattn.runtime import guard
+from polyattn.runtime import policy, registry
+from polyattn.site_plan import OutlierKeys
 
 LOW: dict[str, Any] = {"policy": "low_rank", "audit_rows": 0}
 CHUNK = 16
@@ -65,7 +67,7 @@ def dense(
 
 def check(inputs: list[torch.Tensor], mask: str, gradient: str, heavy: tuple[int, tuple[int, ...]], **more: Any) -> int:
     """Output and gradients; the number of rows that were computed exactly, of which nothing is checked."""
-    guard.reset()
+    registry.reset()
     chunk = {"causal": {"causal_chunk": CHUNK}, "band": {"near_field": CHUNK}}.get(mask, {})
     options = {**LOW, **chunk, **more, "gradient": gradient, "heavy_keys": heavy[0], "exact_keys": heavy[1]}
     found = polyattn.attention(*inputs, causal=mask == "causal", options=options)
@@ -153,7 +155,7 @@ def test_heavy_keys_whose_exponentials_overflow(dtype: torch.dtype) -> None:
 
 
 def errors(inputs: list[torch.Tensor], **options: Any) -> float:
-    guard.reset()
+    registry.reset()
     q, k, v = (x.detach() for x in inputs)
     exact = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
     out = polyattn.attention(q, k, v, options={**LOW, **options})
@@ -183,14 +185,15 @@ def test_through_a_compiled_model_and_in_the_report() -> None:
     compiled = torch.compile(model, backend="polyattn", options=options)
     compiled(x).sum().backward()
     state = only_state()
-    assert state.heavy == 4
+    assert state.plan.outliers.total == 4
     site = polyattn.reports()[-1].sites[0]
-    assert "4 heavy keys exact" in str(site)
-    assert site.to_dict()["states"][0]["heavy"] == 4
+    assert "4 outlier keys exact" in str(site)
+    assert site.to_dict()["states"][0]["outlier_keys"] == 4
     assert site.forward_graph is None
     assert "B[j]" in site.derivation or "diag(B)" in site.derivation
-    plain = guard.costs(state.shape, False, 2, "consistent", 0, True)
-    assert state.flops_after - plain[1] == guard.costs(state.shape | {"n_k": 4}, False, 2, "consistent", 0, True)[0]
+    plain = dataclasses.replace(state.plan, outliers=OutlierKeys())
+    few = policy.costs(state.shape | {"n_k": 4}, plain)[0]
+    assert state.flops_after - policy.costs(state.shape, plain)[1] == few
 
 
 @pytest.mark.parametrize(

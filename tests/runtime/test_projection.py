@@ -10,16 +10,21 @@ import torch.nn.functional as F
 from dense import dense_fitted_polynomial, dense_polynomial, dense_skeleton
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rules import kernels
 from sites import Model, only_state
 
 import polyattn
 from polyattn.errors import OptionValueError
 from polyattn.options import Options
-from polyattn.passes.derive.kernels import kernels
+from polyattn.passes.derive.forms import softmax
 from polyattn.rewriter.algebra.expr import R
 from polyattn.rewriter.algebra.tensor import D1, E1, D, E
+from polyattn.rewriter.families.polynomial.family import Polynomial
+from polyattn.rewriter.families.skeleton.family import Skeleton
 from polyattn.rewriter.families.skeleton.rule import M
-from polyattn.runtime import guard, projection
+from polyattn.rewriter.masks.mask import CAUSAL, NONE
+from polyattn.runtime import policy, projection, registry
+from polyattn.site_plan import ProjectionRanks, SitePlan
 
 LOW: dict[str, Any] = {"policy": "low_rank", "audit_rows": 0, "gradient": "substituted", "causal_chunk": 16}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -53,7 +58,7 @@ def operands(
 
 
 def gradients(inputs: list[torch.Tensor], g: torch.Tensor, causal: bool, **options: Any) -> tuple[torch.Tensor, ...]:
-    guard.reset()
+    registry.reset()
     out = polyattn.attention(*inputs, causal=causal, options={**LOW, **options})
     assert only_state().exact_rows == 0
     return torch.autograd.grad(out, inputs, g)
@@ -71,7 +76,7 @@ def test_all_directions_are_no_approximation(causal: bool, family: str) -> None:
 
 
 def dense_gradients(
-    inputs: list[torch.Tensor], g: torch.Tensor, causal: bool, few: projection.Few, **options: Any
+    inputs: list[torch.Tensor], g: torch.Tensor, causal: bool, few: ProjectionRanks, **options: Any
 ) -> tuple[torch.Tensor, ...]:
     """Of the approximation written densely: with values of so many directions, and projected then; queries have mean
     zero, so that no weight of a key depends on it. All rows of dQ say which directions of keys matter."""
@@ -110,7 +115,7 @@ def dense_gradients(
     return dq.view_as(q), dk.view_as(k), dv
 
 
-def check(inputs: list[torch.Tensor], g: torch.Tensor, causal: bool, few: projection.Few, **options: Any) -> None:
+def check(inputs: list[torch.Tensor], g: torch.Tensor, causal: bool, few: ProjectionRanks, **options: Any) -> None:
     found = gradients(
         inputs, g, causal, value_directions=few.values or None, key_directions=few.keys or None, **options
     )
@@ -120,8 +125,8 @@ def check(inputs: list[torch.Tensor], g: torch.Tensor, causal: bool, few: projec
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("family", ["Taylor 2", "not shifted", "nested", "skeleton"])
-@pytest.mark.parametrize("few", [projection.Few(2, 0), projection.Few(0, 3), projection.Few(1, 4)], ids=str)
-def test_equals_the_densely_written_projection(causal: bool, family: str, few: projection.Few) -> None:
+@pytest.mark.parametrize("few", [ProjectionRanks(2, 0), ProjectionRanks(0, 3), ProjectionRanks(1, 4)], ids=str)
+def test_equals_the_densely_written_projection(causal: bool, family: str, few: ProjectionRanks) -> None:
     check(*operands(), causal, few, **FAMILIES[family])
 
 
@@ -132,9 +137,9 @@ def test_equals_the_densely_written_projection(causal: bool, family: str, few: p
     n=st.integers(2, 40),
     d=st.integers(1, 7),
     e=st.integers(1, 7),
-    few=st.builds(projection.Few, st.integers(0, 8), st.integers(0, 8)),
+    few=st.builds(ProjectionRanks, st.integers(0, 8), st.integers(0, 8)),
 )
-def test_any_size(causal: bool, groups: int, n: int, d: int, e: int, few: projection.Few) -> None:
+def test_any_size(causal: bool, groups: int, n: int, d: int, e: int, few: ProjectionRanks) -> None:
     check(*operands(2 * groups, 2, n, d, e), causal, few, degree=2)
 
 
@@ -155,22 +160,24 @@ def test_values_and_keys_of_few_directions_lose_nothing_by_few() -> None:
 @pytest.mark.parametrize("degree", [2, None])
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_cost_has_the_directions_in_place_of_the_widths(degree: int | None, causal: bool) -> None:
-    rank = M if degree is None else R
-    plain, keys = (kernels(causal, degree, name, True) for name in ("substituted", "projected"))
+    family = Skeleton(512) if degree is None else Polynomial(degree, limit=512)
+    rank, mask = M if degree is None else R, CAUSAL if causal else NONE
+    plain, keys = (kernels(softmax(mask, True), family.rule, name) for name in ("substituted", "projected"))
     assert plain.cost().coeff(rank).has(D * E)
     assert not plain.cost(few_values=True).coeff(rank).has(D * E)
     assert plain.cost(few_values=True).coeff(rank).has(D * E1)
     assert keys.cost().coeff(rank).has(D1 * E)
     assert keys.cost(few_values=True).coeff(rank).has(D1 * E1)
     shape = {"batch": 1, "heads": 1, "kv_heads": 1, "n_q": 4096, "n_k": 4096, "d": 64, "e": 64}
-    full, values, both = (
-        guard.costs(shape, causal, degree, name, 256, True, 512, few=few)[1]
-        for name, few in (
-            ("substituted", None),
-            ("substituted", projection.Few(16)),
-            ("projected", projection.Few(16, 16)),
+    plans = (
+        SitePlan(mask, family, gradient, 1.0, 256, "call", projection=ranks)
+        for gradient, ranks in (
+            ("substituted", ProjectionRanks()),
+            ("substituted", ProjectionRanks(16)),
+            ("projected", ProjectionRanks(16, 16)),
         )
     )
+    full, values, both = (policy.costs(shape, plan)[1] for plan in plans)
     assert both < full / 5
     assert both < values < full / 2
 
@@ -199,4 +206,4 @@ def test_the_report_says_so_and_derives_it() -> None:
     assert "projected gradient, values on 3 directions, queries and keys on 4 directions" in " ".join(str(site).split())
     assert "project" in site.derivation
     assert "dQ" in site.kernels["backward.cpu"]
-    assert site.to_dict()["states"][0]["few"] == (3, 4)
+    assert site.to_dict()["states"][0]["projection"] == (3, 4)

@@ -12,7 +12,7 @@ from dense import dense_polynomial
 from torch import nn
 
 from polyattn.rewriter.algebra import expr as ir
-from polyattn.rewriter.families.polynomial.monomials import full, rank
+from polyattn.rewriter.algebra.monomials import full, rank
 from polyattn.runtime import execute
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -73,8 +73,8 @@ class Counter:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.flops, self.wanted = 0, []
-        self.original: Callable[..., Any] = execute.target.run
-        monkeypatch.setattr(execute.target, "run", self.run)
+        self.original: Callable[..., Any] = execute.targets.run
+        monkeypatch.setattr(execute.targets, "run", self.run)
 
     def run(self, spec: Any, inputs: dict[str, torch.Tensor], *rest: Any) -> Any:
         made = self.original(spec, inputs, *rest)

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from sites import all_states
 from torch.utils.checkpoint import checkpoint
 
 import polyattn
 from polyattn.runtime import audit as auditing
-from polyattn.runtime import guard, replay
+from polyattn.runtime import registry, replay
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -42,10 +43,6 @@ def exact(x: torch.Tensor) -> torch.Tensor:
 def gradient(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     (found,) = torch.autograd.grad(function(x).square().sum(), x)
     return found
-
-
-def all_states() -> list[guard.SiteState]:
-    return [state for _, state in guard.every()]
 
 
 REENTRANT = pytest.mark.parametrize("reentrant", [False, True], ids=["saved_tensor_hooks", "reentrant"])
@@ -95,7 +92,7 @@ def test_a_recompute_is_never_audited(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_under_low_rank_and_exact_calls_are_counted_once() -> None:
     for policy in ("low_rank", "exact"):
-        guard.reset()
+        registry.reset()
 
         def attention(x: torch.Tensor, policy: str = policy) -> torch.Tensor:
             return polyattn.attention(x, x, x, options={"policy": policy, "audit_every": 1})

@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 from sites import only_state
 
 import polyattn
-from polyattn.runtime import guard, row_checks
-from polyattn.runtime.centring import Heavy, move
+from polyattn.rewriter.families.polynomial.family import Polynomial
+from polyattn.rewriter.masks.mask import CAUSAL, NONE
+from polyattn.runtime import registry, row_checks
+from polyattn.runtime.centring import OutlierKeys, centre
+from polyattn.site_plan import Centring, SitePlan
 
 
 def operands(n_q: int, n_k: int, d: int, size: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -34,32 +37,34 @@ def operands(n_q: int, n_k: int, d: int, size: float, seed: int = 0) -> tuple[to
     size=st.sampled_from([0.01, 0.3, 1.0, 4.0]),
     causal=st.booleans(),
     statistics=st.sampled_from(["none", "call", "first_chunk"]),
-    heavy=st.sampled_from([Heavy(), Heavy(2), Heavy(1, (0, 3))]),
+    outliers=st.sampled_from([OutlierKeys(), OutlierKeys(2), OutlierKeys(1, (0, 3))]),
 )
 def test_no_row_of_softmax_attention_is_found(
-    n_q: int, n_k: int, d: int, size: float, causal: bool, statistics: str, heavy: Heavy
+    n_q: int, n_k: int, d: int, size: float, causal: bool, statistics: Centring, outliers: OutlierKeys
 ) -> None:
     q, k, v = operands(n_q, n_k, d, size)
-    moved = move(q, k, 0.7, statistics, 4, None, heavy)
-    a = (0.7 * moved.q @ moved.k[:, None].mT).exp()
-    a = a if moved.weights is None else a * moved.weights[:, None, None]
+    plan = SitePlan(CAUSAL if causal else NONE, Polynomial(2), "consistent", 0.7, 4, statistics, outliers)
+    centred = centre(q, k, plan)
+    a = (0.7 * centred.q @ centred.k[:, None].mT).exp()
+    a = a if centred.factors is None else a * centred.factors[:, None, None]
     a = a.tril() if causal else a
     sums = a.sum(-1)
-    assert not bool(row_checks.denominators(moved, sums, 0.7, causal).any())
+    assert not bool(row_checks.denominators(centred, sums, plan).any())
     whole = (0.7 * q @ k[:, None].mT).masked_fill(torch.ones(n_q, n_k).triu(1).bool() & causal, -math.inf).softmax(-1)
     assert not bool(row_checks.outputs(v, whole @ v[:, None]).any())
     for wrong in (-1e-3, math.nan, math.inf, -math.inf):
-        assert bool(row_checks.denominators(moved, torch.full_like(sums, wrong), 0.7, causal).all())
+        assert bool(row_checks.denominators(centred, torch.full_like(sums, wrong), plan).all())
 
 
 def test_denominators_that_miss_half_are_found() -> None:
     """With logits of deviation 0.3 the bound is within a twentieth of the sum."""
     q, k, _ = operands(40, 500, 8, 0.35)
-    moved = move(q, k, 0.7, "call", 4)
-    assert moved.weights is not None
-    sums = ((0.7 * moved.q @ moved.k[:, None].mT).exp() * moved.weights[:, None, None]).sum(-1)
-    assert bool(row_checks.denominators(moved, 0.45 * sums, 0.7, False).all())
-    assert not bool(row_checks.denominators(moved, 0.6 * sums, 0.7, False).any())
+    plan = SitePlan(NONE, Polynomial(2), "consistent", 0.7, centring="call")
+    centred = centre(q, k, plan)
+    assert centred.factors is not None
+    sums = ((0.7 * centred.q @ centred.k[:, None].mT).exp() * centred.factors[:, None, None]).sum(-1)
+    assert bool(row_checks.denominators(centred, 0.45 * sums, plan).all())
+    assert not bool(row_checks.denominators(centred, 0.6 * sums, plan).any())
 
 
 def test_outputs_beyond_every_value_are_found() -> None:
@@ -79,7 +84,7 @@ def test_values_that_are_all_the_same_are_no_reason() -> None:
 @pytest.mark.parametrize("causal", [False, True])
 def test_rows_far_outside_of_what_was_fitted_stay_among_the_values(causal: bool) -> None:
     """A fit is kept while queries and keys turn and grow beyond it."""
-    guard.reset()
+    registry.reset()
     options: dict[str, Any] = {
         "policy": "low_rank", "audit_rows": 0, "features": "skeleton", "rank": 16, "causal_chunk": 16, "refit": False,
     }  # fmt: skip

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from sites import Model, only_state
+from sites import Model, all_states, only_state
 from torch.utils.checkpoint import checkpoint
 
 import polyattn
 from polyattn.errors import FitError, OptionValueError
-from polyattn.runtime import guard
+from polyattn.rewriter.families.family import Fit
+from polyattn.runtime import registry
 
 SKELETON: dict[str, Any] = {"features": "skeleton", "rank": 24, "inner": "eager"}
 LOW: dict[str, Any] = {**SKELETON, "policy": "low_rank", "audit_every": 2}
@@ -61,7 +62,7 @@ def test_a_fit_whose_audit_fails_is_made_anew() -> None:
     second = attend(heads(True, 1), policy="auto", tolerance=0.05)
     assert second < between / 3, "audited, fitted anew, audited again"
     assert (state.verdict, state.fits, state.audits, state.fit.call) == ("low_rank", 2, 2, 3)
-    guard.reset()
+    registry.reset()
     for tensors in (heads(False), heads(True), heads(True, 1)):
         last = attend(tensors, policy="auto", tolerance=0.05, refit=False)
     assert only_state().verdict == "exact"
@@ -104,7 +105,7 @@ def test_a_recompute_takes_the_fit_of_its_first_run() -> None:
     first, other = heads(False), heads(True)
     wanted = torch.autograd.grad(attend(*first).square().sum(), first)
     kept = only_state().fit
-    guard.reset()
+    registry.reset()
     out = checkpoint(attend, *first, use_reentrant=False)
     attend(*other)
     state = only_state()
@@ -125,7 +126,7 @@ def test_many_rows_without_a_denominator_ask_for_a_new_fit() -> None:
     state = only_state()
     attend(heads(False))
     assert (state.fits, state.exact_rows) == (1, 0)
-    state.fit = guard.Fit(-state.fit.values, (), None, state.fit.error, 1)  # cores of the other sign
+    state.change(fit=Fit(-state.fit.values, (), None, state.fit.error, 1))  # cores of the other sign
     landmarks = 2 * 4
     state.fit.values[..., :landmarks] *= -1
     attend(heads(False))
@@ -217,7 +218,7 @@ def test_refresh_forgets_the_fits_of_one_model_or_of_all() -> None:
     compiled = [torch.compile(m, backend="polyattn", options=LOW) for m in models]
     for run in compiled:
         run(tokens())
-    first, second = (state for _, state in guard.every())
+    first, second = all_states()
     assert polyattn.refresh(compiled[0]) == 1
     assert first.fit is None
     assert second.fit is not None

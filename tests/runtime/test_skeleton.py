@@ -13,9 +13,12 @@ from sites import Model, only_state
 
 import polyattn
 from polyattn.errors import OptionValueError
+from polyattn.rewriter.families.skeleton.family import Skeleton
 from polyattn.rewriter.families.skeleton.landmarks import fit
-from polyattn.runtime import guard
-from polyattn.runtime.centring import move
+from polyattn.rewriter.masks.mask import NONE
+from polyattn.runtime import policy, registry
+from polyattn.runtime.centring import centre
+from polyattn.site_plan import SitePlan
 
 M = 24
 OPTIONS = {"features": "skeleton", "rank": M, "policy": "low_rank", "audit_rows": 0}
@@ -49,7 +52,7 @@ def test_equals_the_densely_written_approximation(gradient: str, chunk: int | No
     found = polyattn.attention(*inputs, causal=chunk is not None, options=options)
     state = only_state()
     assert state.exact_rows == 0
-    assert (state.features, state.rank, state.degree, state.shift) == ("skeleton", M, None, "call")
+    assert (state.family.name, state.rank, state.degree, state.centring) == ("skeleton", M, None, "call")
     assert state.fitted is not None
     wanted = dense_skeleton(*inputs, state.fitted, gradient == "substituted", chunk)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
@@ -69,7 +72,7 @@ def test_it_holds_where_a_polynomial_does_not() -> None:
         "degree 2": {"policy": "low_rank", "audit_rows": 0},
         "degree 4": {"policy": "low_rank", "audit_rows": 0, "degree": 4},
     }.items():
-        guard.reset()
+        registry.reset()
         errors[name] = float((polyattn.attention(q, k, v, options=options) - exact).norm() / spread.norm())
     assert errors["skeleton"] < 0.03, errors
     assert errors["degree 4"] > 3 * errors["skeleton"], errors
@@ -90,7 +93,7 @@ def test_the_fit_is_kept_and_serves_other_data_of_the_same_heads() -> None:
         assert float((out - exact).norm() / exact.norm()) < 0.05
         kept = only_state().fitted
     assert only_state().calls == 2
-    guard.reset()
+    registry.reset()
     attend(first)
     assert torch.equal(only_state().fitted, kept), "fitted at the first call, with the seed of the options"
 
@@ -142,13 +145,13 @@ def test_a_compiled_model_trains_through_it(inner: str, monkeypatch: pytest.Monk
     got = model.project.weight.grad.clone()
     (site,) = polyattn.reports()[0].sites
     assert (site.verdict, site.features, site.rank, site.degree) == ("low_rank", "skeleton", M, None)
-    assert "skeleton features, rank 24" in str(site)
+    assert "skeleton (CUR) features, rank 24" in str(site)
     assert "; queries to a norm of " in str(site)
     assert "skeleton features" in site.derivation
     assert "skeleton features" in site.kernels["forward.cpu"]
     (state,) = site.states
-    marks = state.fitted
-    assert marks is not None
+    assert state.fit is not None
+    marks = state.fit.values
     model.zero_grad()
     with monkeypatch.context() as patch:
         patch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: dense_skeleton(q, k, v, marks, False))
@@ -163,7 +166,7 @@ def test_auto_keeps_it_where_the_audit_holds_and_is_exact_where_not() -> None:
     polyattn.attention(*smooth, options=options)
     assert only_state().verdict == "low_rank", only_state().reason
     assert only_state().guarantee == "audited"
-    guard.reset()
+    registry.reset()
     sharp = [8 * q, k, v]
     out = polyattn.attention(*sharp, options=options)
     assert only_state().verdict == "exact"
@@ -172,15 +175,16 @@ def test_auto_keeps_it_where_the_audit_holds_and_is_exact_where_not() -> None:
 
 def test_more_landmarks_fit_better_and_the_error_is_that_of_the_rows() -> None:
     q, k, _ = (x.detach() for x in operands(batch=1, heads=2, n=500))
-    moved = move(q[0][:, None], k[0], 0.35, "call", 0)
+    plan = SitePlan(NONE, Skeleton(), "consistent", 0.35, centring="call")
+    moved = centre(q[0][:, None], k[0], plan)
     queries, logits = moved.q[:, 0], 0.35 * q[0] @ k[0].mT
     errors = []
     for m in (8, 32, 128):
         made = fit(
-            queries[:, None], moved.k[:, None], moved.weights[:, None], 0.35, m, torch.Generator().manual_seed(0)
+            queries[:, None], moved.k[:, None], moved.factors[:, None], 0.35, m, torch.Generator().manual_seed(0)
         )
         a = (0.35 * queries @ made.keys.mT).exp() @ made.core @ (0.35 * moved.k @ made.queries.mT).exp().mT
-        a = a * moved.weights[:, None]
+        a = a * moved.factors[:, None]
         rows = (a / a.sum(-1, keepdim=True) - logits.softmax(-1)).abs().sum(-1).mean(-1)
         assert bool(((rows / made.error).log().abs() < 0.5).all()), (rows, made.error)
         errors.append(float(rows.max()))
@@ -191,7 +195,7 @@ def test_a_site_that_became_exact_keeps_its_fit_for_what_a_checkpoint_runs_again
     polyattn.attention(*operands(), options=OPTIONS)
     state = only_state()
     kept = state.fitted
-    state.become_exact("an audit failed")
+    registry.update(state.entry, lambda state: policy.become_exact(state, "an audit failed"))
     assert kept is not None
     assert state.fitted is kept
 

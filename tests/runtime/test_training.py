@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import polyattn
-from polyattn.runtime import guard
+from polyattn.runtime import registry
 
 CHUNK = 16
 
@@ -52,7 +52,7 @@ def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool = T
 def test_gradients_of_a_compiled_model_are_those_of_the_dense_polynomial(
     recompute: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    guard.reset()
+    registry.reset()
     polyattn.reset()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

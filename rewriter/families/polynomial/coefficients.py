@@ -20,8 +20,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from polyattn.rewriter.families.polynomial import monomials
-from polyattn.rewriter.families.polynomial.monomials import Basis, taylor
+from polyattn.rewriter.algebra import monomials
+from polyattn.rewriter.algebra.monomials import Basis, taylor
+from polyattn.rewriter.masks.mask import NONE, Mask
 from polyattn.rewriter.masks.pairs import Pairs
 
 ROWS = 192
@@ -68,7 +69,7 @@ def _alternating(error: np.ndarray, count: int) -> np.ndarray | None:
     return peaks if len(peaks) == count else None
 
 
-class Turn(NamedTuple):
+class Balance(NamedTuple):
     """Matrices [heads, d, d] for queries and keys, q' = q T_q and k' = k T_k with T_q T_kᵀ = 1, and the moments.
 
     ``spectrum`` [heads, d]: both second moments of every coordinate after it, ascending.
@@ -79,7 +80,7 @@ class Turn(NamedTuple):
     spectrum: torch.Tensor
 
 
-def balance(q: torch.Tensor, k: torch.Tensor, mass: torch.Tensor) -> Turn:
+def balance(q: torch.Tensor, k: torch.Tensor, mass: torch.Tensor) -> Balance:
     """Matrices after which the second moments of queries and of keys are one diagonal matrix, ascending (math.md §3).
 
     Args:
@@ -99,7 +100,7 @@ def balance(q: torch.Tensor, k: torch.Tensor, mass: torch.Tensor) -> Turn:
     v, sigma = v.mT.flip(2), sigma.flip(1)
     to_keys = torch.linalg.solve_triangular(right.mT, v, upper=True) * sigma.sqrt()[:, None]
     to_queries = (right @ v) * sigma.rsqrt()[:, None]
-    return Turn(to_queries, to_keys, sigma)
+    return Balance(to_queries, to_keys, sigma)
 
 
 def choose(spectrum: torch.Tensor, scale: float, degree: int, d: int, rank: int) -> Basis:
@@ -128,7 +129,7 @@ def choose(spectrum: torch.Tensor, scale: float, degree: int, d: int, rank: int)
         widths = list(basis.widths)
 
 
-class Sample(NamedTuple):
+class Rows(NamedTuple):
     """Sampled rows of every head: the queries, all keys, and what the softmax makes of them."""
 
     q: torch.Tensor
@@ -155,19 +156,19 @@ def sample(
     weights: torch.Tensor,
     scale: float,
     generator: torch.Generator,
-    causal: bool = False,
+    mask: Mask = NONE,
     near: int | None = None,
-) -> Sample:
+) -> Rows:
     """Draw rows of every head and compute them.
 
     Args:
         q: queries [heads, elements, n_q, d]; k: keys [heads, elements, n_k, d], both shifted; a query attends to the
             keys of its own batch element.
         weights: of the keys, [heads, elements, n_k]; 0 for keys that are computed exactly elsewhere.
-        causal: a query attends to the keys up to its own position.
-        near: chunk length where near pairs stay exact: of one chunk under a causal mask, of neighbouring ones without.
+        mask: which keys a query attends to.
+        near: chunk length where pairs that are near under the mask stay exact; None: no pair is.
     """
-    pairs = Pairs(q.shape[2], k.shape[2], causal, near)
+    pairs = Pairs(q.shape[2], k.shape[2], mask, near)
     q, k, weights = (x.detach().double().flatten(1, 2) for x in (q, k, weights))
     drawn = torch.randperm(q.shape[1], generator=generator)[:ROWS].to(q.device)
     every = torch.arange(k.shape[1], device=q.device)
@@ -176,15 +177,15 @@ def sample(
     logits = plain + scale * rows @ k.mT
     total = logits.logsumexp(2, keepdim=True)
     total = total.masked_fill(total == -math.inf, 0)
-    return Sample(rows, k, (logits - total).exp(), plain - total, seen & ~pairs.far(drawn, every), scale)
+    return Rows(rows, k, (logits - total).exp(), plain - total, seen & ~pairs.far(drawn, every), scale)
 
 
-def coefficients(kind: str, data: Sample, turn: Turn, basis: Basis) -> tuple[torch.Tensor, torch.Tensor]:
+def coefficients(kind: str, data: Rows, change: Balance, basis: Basis) -> tuple[torch.Tensor, torch.Tensor]:
     """Coefficients of each head, float64 [heads, degree + 1], and the mean error Σ_j |P̃_ij − P_ij| of its rows.
 
     Args:
         kind: ``taylor``, ``minimax`` or ``least_squares``.
-        turn: what queries and keys are multiplied by; it matters to nested forms only.
+        change: what queries and keys are multiplied by; it matters to nested forms only.
     """
     rules: dict[str, Callable[[_Head], np.ndarray]] = {
         "taylor": lambda head: np.array(taylor(basis.degree)),
@@ -193,7 +194,7 @@ def coefficients(kind: str, data: Sample, turn: Turn, basis: Basis) -> tuple[tor
     }
     found, errors = [], []
     for h in range(len(data.q)):
-        head = _Head(data, turn, basis, h)
+        head = _Head(data, change, basis, h)
         c = rules[kind](head)
         found.append(torch.as_tensor(c, dtype=torch.float64))
         errors.append(head.error(c))
@@ -206,12 +207,12 @@ class _Head:
     On the CPU, where the small systems of equations are solved.
     """
 
-    def __init__(self, data: Sample, turn: Turn, basis: Basis, h: int) -> None:
+    def __init__(self, data: Rows, change: Balance, basis: Basis, h: int) -> None:
         some = (data.p[h].sum(1) > 0).cpu()  # the others see no key but those that have no weight
         rows, self.p, logs = (x[h].cpu()[some] for x in (data.q, data.p, data.logs))
         keys = data.k[h].cpu()
         far = logs.exp().masked_fill(data.near.cpu()[some], 0)
-        q, k, d = rows @ turn.q[h].cpu(), keys @ turn.k[h].cpu(), basis.d
+        q, k, d = rows @ change.q[h].cpu(), keys @ change.k[h].cpu(), basis.d
         terms = [far]
         for m, width in enumerate(basis.widths, 1):
             terms.append(far * (data.scale * q[:, d - width :] @ k[:, d - width :].mT) ** m)

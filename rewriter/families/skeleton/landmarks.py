@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import torch
 
+from polyattn.rewriter.masks.mask import NONE, Mask
 from polyattn.rewriter.masks.pairs import Pairs
 
 RIDGES = (3e-3, 1e-4)
@@ -38,7 +39,7 @@ LIMIT, FAINT = 70.0, -40.0
 """Logarithms: the largest feature of a fitted token, and the least length of a column of features."""
 
 
-class Skeleton(NamedTuple):
+class Landmarks(NamedTuple):
     """Landmarks of keys and of queries [heads, m, d], core [heads, m, m]; and what is known of the fit."""
 
     keys: torch.Tensor
@@ -58,9 +59,9 @@ def fit(
     scale: float,
     m: int,
     generator: torch.Generator,
-    causal: bool = False,
+    mask: Mask = NONE,
     near: int | None = None,
-) -> Skeleton:
+) -> Landmarks:
     """Fit the skeleton of every head, one head at a time; results are float64.
 
     Kernels form exp(s q·κ), exp(s k·λ) and the core in float32, whose exp overflows at 88. Landmarks are shrunk until
@@ -73,15 +74,14 @@ def fit(
         weights: of the keys, [heads, elements, n_k]; a key of weight 0 is not attended to.
         scale: factor of the logits.
         m: landmarks on each side; no more than there are queries or keys are used, the rest repeat them.
-        causal: a query attends to the keys up to its own position.
-        near: tokens per chunk; pairs of one chunk, and of adjacent ones unless causal, are computed exactly elsewhere.
-            None: no pair is.
+        mask: which keys a query attends to.
+        near: tokens per chunk; pairs that are near under the mask are computed exactly elsewhere. None: no pair is.
         generator: draws rows and columns; torch's own generators are left alone.
     """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     by_head = zip(*(x.detach().to(dtype) for x in (q, k, weights)), strict=True)
-    made = [_Head(a, b, c, scale, generator, causal, near).fit(m) for a, b, c in by_head]
-    return Skeleton(*(torch.stack(x).double() for x in zip(*made, strict=True)))
+    made = [_Head(a, b, c, scale, generator, mask, near).fit(m) for a, b, c in by_head]
+    return Landmarks(*(torch.stack(x).double() for x in zip(*made, strict=True)))
 
 
 class _Head:
@@ -94,16 +94,16 @@ class _Head:
         weights: torch.Tensor,
         scale: float,
         generator: torch.Generator,
-        causal: bool,
+        mask: Mask,
         near: int | None,
     ) -> None:
-        self.pairs = Pairs(q.shape[1], k.shape[1], causal, near)
+        self.pairs = Pairs(q.shape[1], k.shape[1], mask, near)
         self.q, self.k, self.logs = q.flatten(0, 1) * scale, k.flatten(0, 1), weights.flatten().log()
-        self.whole = len(q) == 1 and not causal
+        self.whole = len(q) == 1 and not mask.hides
         self.scale, self.generator = scale, generator
 
     def fit(self, m: int) -> tuple[torch.Tensor, ...]:
-        """The parts of a :class:`Skeleton`."""
+        """The parts of a :class:`Landmarks`."""
         n_q, n_k = len(self.q), len(self.k)
         radius = self.q.norm(dim=1).amax() / abs(self.scale)
         if bool(self.logs.isneginf().all()):  # nothing is left to approximate
@@ -232,8 +232,7 @@ class _Head:
         for e, first in sorted(set(zip(element.tolist(), start.tolist(), strict=True))):
             rows = torch.where((element == e) & (start == first))[0]
             columns = torch.where((j // pairs.per_key == e) & (at >= first - near) & (at < first + size + near))[0]
-            gap = pairs.gap(i[rows], j[columns])
-            found.append((rows, columns, (gap <= 0 if pairs.causal else gap <= 1) & (gap >= -1)))
+            found.append((rows, columns, pairs.hidden_alike(i[rows], j[columns])))
         return found
 
 

@@ -9,46 +9,91 @@ finds, and their cost is what the plan counts.  Under a causal mask the near fie
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import sympy
 
 from polyattn.errors import RewriteError
 from polyattn.rewriter.algebra import expr as ir
-from polyattn.rewriter.algebra.expr import HEAD, Def, Expr, Factor, Indicator, Kind, Leaf, Map, Program, Term
-from polyattn.rewriter.rules.exact import prune
+from polyattn.rewriter.algebra.expr import CHUNK, HEAD, Def, Expr, Factor, Kind, Leaf, Map, Program, Tensor, Term
+from polyattn.rewriter.algebra.programs import is_near, is_pair, ordered, sides
+from polyattn.rewriter.families.skeleton.inline import InlineLandmarks
+from polyattn.rewriter.rules.absorb import ABSORB
+from polyattn.rewriter.rules.rule import ApproximateRule, Rule
 
 M = sympy.Symbol("m", positive=True)
 """Number of landmarks on each side."""
-OF_KEYS, OF_QUERIES = Kind("ρ", M), Kind("σ", M)
+OF_KEYS, OF_QUERIES = Kind("ρ", M, feature=True), Kind("σ", M, feature=True)
 LK, LQ = Leaf("LK", (OF_KEYS, HEAD)), Leaf("LQ", (OF_QUERIES, HEAD))
 CORE = Leaf("Z", (OF_KEYS, OF_QUERIES))
 
 
 @dataclass(frozen=True)
-class Skeleton:
-    """exp(S) → Φ Z Rᵀ for a score S = s U Wᵀ."""
+class SkeletonRule(ApproximateRule):
+    """Exponentials of landmarks and a core in place of exp of a score s U Wᵀ, written in the algebra itself."""
+
+    formula = "exp(s Q Kᵀ) → exp(s Q κᵀ) Z exp(s K λᵀ)ᵀ"
+    source = "math.md §2, exponential (skeleton) features: CUR, generalised Nyström"
+    domain = "queries and keys like those that landmarks and core were fitted to"
+    bound = "measured on rows that the fit did not see: Σ_j |P̃_ij − P_ij|"
 
     @property
-    def text(self) -> str:
-        return "exp(s Q Kᵀ) → exp(s Q κᵀ) Z exp(s K λᵀ)ᵀ"
+    def title(self) -> str:
+        """See :attr:`ApproximateRule.title`."""
+        return "skeleton features"
 
     @property
-    def coefficients(self) -> tuple[sympy.Symbol, ...]:
-        """Symbols that the rule brings into a program: none."""
-        return ()
+    def note(self) -> str:
+        """See :attr:`ApproximateRule.note`."""
+        return f"{self.formula}; the one step that is no identity (§4)"
+
+    @property
+    def features_note(self) -> str:
+        """See :attr:`ApproximateRule.features_note`."""
+        return "LK and LQ are m landmarks of keys and of queries, Z is the core; all are constants."
+
+    @property
+    def inputs_note(self) -> str:
+        """See :attr:`ApproximateRule.inputs_note`."""
+        return "Landmarks LK of keys and LQ of queries [H, m, d], core Z [H, m, m]."
 
     @property
     def inputs(self) -> tuple[Leaf, ...]:
-        """What the rule brings into a program: landmarks and core."""
+        """Landmarks of keys and of queries, and the core."""
         return LK, LQ, CORE
 
-    def apply(self, program: Program) -> Program:
-        """Replace exp of a score everywhere except in the near field.
+    @property
+    def rank(self) -> sympy.Symbol:
+        """See :attr:`ApproximateRule.rank`."""
+        return M
 
-        Raises:
-            RewriteError: a score that is not one product of a row tensor and a column tensor.
-        """
+    @property
+    def growth(self) -> Mapping[sympy.Symbol, int]:
+        """Landmarks, which have no degree, and chunks count like d²."""
+        return {M: 2, CHUNK: 2}
+
+    def ranks(self, shape: Mapping[str, int]) -> dict[sympy.Symbol, int]:
+        """See :meth:`ApproximateRule.ranks`."""
+        return {M: shape.get("rank", 512)}
+
+    def then(self, gradient: str) -> tuple[Rule, ...]:
+        """After tracing, sums over tokens that have an axis of landmarks are written out."""
+        return (InlineLandmarks((OF_KEYS, OF_QUERIES)), ABSORB) if gradient == "consistent" else (ABSORB,)
+
+    def check(self, program: Program) -> str | None:
+        """Refuses a score that is not one product of a row tensor and a column tensor."""
+        for _, x in program.expressions():
+            for factor in (f for term in x.terms if not is_near(term) for f in term.factors):
+                if _is_exponential(factor.tensor):
+                    found = sides(factor.tensor.argument)
+                    if isinstance(found, str):
+                        return found
+        return None
+
+    def rewrite(self, program: Program) -> Program:
+        """Replaces exp of a score everywhere except in the near field."""
         made: dict[str, Def] = {}
 
         def features(side: Factor, coefficient: sympy.Expr, marks: Leaf) -> Def:
@@ -59,16 +104,15 @@ class Skeleton:
             return made.setdefault(text, Def(text, x))
 
         def change(factor: Factor) -> Expr | None:
-            if not (isinstance(factor.tensor, Map) and factor.tensor.function == "exp" and _is_score(factor)):
+            if not _is_exponential(factor.tensor):
                 return None
             score = factor.tensor.argument
-            definition = score.expr if isinstance(score, Def) else None
-            if definition is None or len(definition.terms) != 1 or len(definition.terms[0].factors) != 2:
-                raise RewriteError(f"the score {score.name} is not a product U Wᵀ of two token matrices")
-            i, j = definition.indices
-            (term,) = definition.terms
-            left = next(f for f in term.factors if i in f.indices)
-            right = next(f for f in term.factors if j in f.indices)
+            found = sides(score)
+            if isinstance(found, str) or not isinstance(score, Def):
+                raise RewriteError(str(found))
+            left, right = found
+            i, j = score.expr.indices
+            (term,) = score.expr.terms
             phi = features(left, term.coefficient, LK)
             psi = features(right, term.coefficient, LQ)
             (rho,), (sigma,) = ir.fresh((OF_KEYS,), ()), ir.fresh((OF_QUERIES,), ())
@@ -80,35 +124,14 @@ class Skeleton:
             return Expr((i, j), (Term(sympy.Integer(1), product),))
 
         def rewritten(x: Expr) -> Expr:
-            kept = tuple(t for t in x.terms if _near(t))
-            changed = Expr(x.out, tuple(t for t in x.terms if not _near(t)))
+            kept = tuple(t for t in x.terms if is_near(t))
+            changed = Expr(x.out, tuple(t for t in x.terms if not is_near(t)))
             found = ir.map_factors(changed, change) if changed.terms else changed
             return ir.collect(Expr(x.out, (*kept, *found.terms)))
 
         program = program.rewrite(rewritten)
-        return Program((*made.values(), *program.defs), program.outputs)
+        return ordered(Program((*made.values(), *program.defs), program.outputs))
 
 
-def inline(program: Program) -> Program:
-    """``inline``: sums over tokens that still have an axis of landmarks are written out where they are used.
-
-    What tracing names on the way of a gradient, Σ_j R[j,σ] V[j,b] and the like, then stands in one product again, which
-    ``stack`` and the planner take apart in their own order.
-    """
-
-    def change(factor: Factor) -> Expr | None:
-        tensor = factor.tensor
-        if not isinstance(tensor, Def) or not {OF_KEYS, OF_QUERIES} & set(tensor.kinds):
-            return None
-        sums = any(index.kind.token for term in tensor.expr.terms for index in term.bound(tensor.expr.out))
-        return tensor.expr if sums else None
-
-    return prune(program.rewrite(lambda x: ir.map_factors(x, change)))
-
-
-def _near(term: Term) -> bool:
-    return any(isinstance(f.tensor, Indicator) and f.tensor.which == "near" for f in term.factors)
-
-
-def _is_score(factor: Factor) -> bool:
-    return sum(index.kind.token for index in factor.indices) == 2
+def _is_exponential(tensor: Tensor) -> TypeGuard[Map]:
+    return isinstance(tensor, Map) and tensor.function == "exp" and is_pair(tensor)

@@ -7,16 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operands import spec_inputs
+from rules import kernels
 
 from polyattn.codegen.cpu import target as cpu_target
 from polyattn.codegen.evaluate import Evaluation
 from polyattn.codegen.triton import target as triton_target
 from polyattn.errors import ScheduleError
+from polyattn.passes.derive.forms import softmax
 from polyattn.passes.derive.inspection import derivation
-from polyattn.passes.derive.kernels import kernels
 from polyattn.rewriter.algebra.expr import CHUNK, N_K, N_Q, N
-from polyattn.rewriter.families.polynomial.monomials import full
-from polyattn.rewriter.families.polynomial.rule import Approximation
+from polyattn.rewriter.algebra.monomials import full
+from polyattn.rewriter.families.polynomial.rule import PolynomialRule
+from polyattn.rewriter.masks.mask import LOCAL_WINDOW
 
 S = 0.3
 FAMILIES = pytest.mark.parametrize("degree", [1, 2, 3, None], ids=["degree 1", "degree 2", "degree 3", "skeleton"])
@@ -45,7 +47,7 @@ def dense(x: Inputs, degree: int | None, gradient: str, chunk: int, weighted: bo
         left, right = (S * q @ x["LK"][:, None].mT).exp(), (S * k @ x["LQ"].mT).exp()
         a = left @ x["Z"][:, None] @ right[:, None].mT
     else:
-        values = Approximation(degree).values
+        values = PolynomialRule(degree).values
         a = torch.stack([values[f"a{m}"] * scores**m for m in range(degree + 1)]).sum(0)
     if gradient == "substituted":
         a = a.detach() * (1 + scores - scores.detach())
@@ -59,10 +61,10 @@ def dense(x: Inputs, degree: int | None, gradient: str, chunk: int, weighted: bo
 
 
 def check(x: Inputs, degree: int | None, gradient: str, chunk: int, weighted: bool = True) -> None:
-    made, wanted = kernels(False, degree, gradient, weighted, band=True), dense(x, degree, gradient, chunk, weighted)
+    made, wanted = kernels(False, degree, gradient, weighted, window=True), dense(x, degree, gradient, chunk, weighted)
     basis, scalars = (
         full(x["Q"].shape[-1], degree or 0),
-        {"s": S, **({} if degree is None else Approximation(degree).values)},
+        {"s": S, **({} if degree is None else PolynomialRule(degree).values)},
     )
     names = tuple(name for name in wanted if name != "O")
     for run in (lambda *args: Evaluation(*args).run(), cpu_target.run):
@@ -99,8 +101,8 @@ def test_any_size(
 
 def test_some_gradients_only() -> None:
     x = operands(2, 41, 41)
-    made, wanted = kernels(False, 2, "consistent", True, band=True), dense(x, 2, "consistent", 8, True)
-    scalars = {"s": S, **Approximation(2).values}
+    made, wanted = kernels(False, 2, "consistent", True, window=True), dense(x, 2, "consistent", 8, True)
+    scalars = {"s": S, **PolynomialRule(2).values}
     found = cpu_target.run(made.forward, x, scalars, full(4, 2), 8)
     for names in (("dQ",), ("dK", "dB"), ("dV",)):
         got = cpu_target.run(made.backward(names), {**x, **found}, scalars, full(4, 2), 8)
@@ -111,18 +113,18 @@ def test_some_gradients_only() -> None:
 
 def test_its_cost_is_linear_in_tokens_and_counts_three_chunks() -> None:
     plain = kernels(False, 2, "consistent", True).forward.cost().subs({N_Q: N, N_K: N})
-    band = kernels(False, 2, "consistent", True, band=True).forward.cost().subs({N_Q: N, N_K: N})
+    band = kernels(False, 2, "consistent", True, window=True).forward.cost().subs({N_Q: N, N_K: N})
     near = band.coeff(CHUNK, 1)
     assert plain.coeff(CHUNK, 1) == 0
     assert str(near.coeff(N, 1).expand()).replace(" ", "") in ("6*d+6*e+15", "6*d+6*e+12", "6*d+6*e+18"), near
 
 
 def test_the_derivation_says_what_stays_exact() -> None:
-    text = str(derivation(causal=False, degree=2, gradient="consistent", weighted=True, band=True))
+    text = str(derivation(softmax(LOCAL_WINDOW, True), PolynomialRule(2), "consistent"))
     assert "j in the chunk of i or next to it" in text
     assert "M_near" in text
 
 
 def test_triton_has_no_code_for_it_yet() -> None:
     with pytest.raises(ScheduleError, match="band"):
-        triton_target.emit(kernels(False, 2, "consistent", band=True).forward)
+        triton_target.emit(kernels(False, 2, "consistent", window=True).forward)

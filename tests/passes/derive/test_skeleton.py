@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rules import kernels
 
 from polyattn.codegen.cpu import target as cpu_target
 from polyattn.codegen.evaluate import Evaluation
 from polyattn.codegen.triton import target as triton_target
 from polyattn.errors import ScheduleError
-from polyattn.passes.derive.kernels import kernels
-from polyattn.rewriter.families.polynomial.monomials import full
+from polyattn.rewriter.algebra.monomials import full
 
 S = 0.4
 Inputs = dict[str, torch.Tensor]

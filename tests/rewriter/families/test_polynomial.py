@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rules import mask_of
 
+from polyattn.rewriter.algebra import monomials
 from polyattn.rewriter.families.polynomial import coefficients as polynomial
-from polyattn.rewriter.families.polynomial import monomials
-from polyattn.rewriter.families.polynomial.coefficients import Sample, minimax
+from polyattn.rewriter.families.polynomial.coefficients import Rows, minimax
 
 TABLE = {
     0.25: (1.6e-2, 6.5e-4, 2.0e-5),
@@ -92,14 +93,14 @@ def test_directions_that_contribute_nothing_get_no_high_degrees() -> None:
     assert polynomial.choose(spectrum, 1.0, 3, 16, 17 + 10 + 20).widths == (16, 4, 4)
 
 
-def sample_of(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor, scale: float, **how: object) -> Sample:
+def sample_of(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor, scale: float, **how: object) -> Rows:
     return polynomial.sample(q, k, weights, scale, torch.Generator().manual_seed(0), **how)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("causal", "near"), [(False, None), (False, 16), (True, 16)])
 def test_samples_are_rows_of_the_softmax(causal: bool, near: int | None) -> None:
     q, k, weights = operands(2, 90, 4, 0)
-    made = sample_of(q, k, weights, 0.3, causal=causal, near=near)
+    made = sample_of(q, k, weights, 0.3, mask=mask_of(causal, near is not None), near=near)
     logits = 0.3 * q[:, 0] @ k[:, 0].mT + weights[:, 0].log()[:, None]
     i, j = torch.arange(90)[:, None], torch.arange(90)
     if causal:
@@ -115,7 +116,7 @@ def test_samples_are_rows_of_the_softmax(causal: bool, near: int | None) -> None
 @pytest.mark.parametrize(("causal", "near"), [(False, None), (False, 16), (True, 16)])
 def test_least_squares_beats_the_others_and_gets_better_with_the_degree(causal: bool, near: int | None) -> None:
     q, k, weights = operands(3, 200, 6, 1)
-    made = sample_of(q, k, weights, 0.03, causal=causal, near=near)
+    made = sample_of(q, k, weights, 0.03, mask=mask_of(causal, near is not None), near=near)
     turn = polynomial.balance(q, k, made.mass)
     before = torch.full((3,), math.inf, dtype=torch.float64)
     for degree in (1, 2, 3, 4):
@@ -151,7 +152,7 @@ def test_full_widths_are_the_full_form_whatever_the_coordinates() -> None:
     q, k, weights = operands(2, 120, 4, 3)
     made = sample_of(q, k, weights, 0.3)
     turn, eye = polynomial.balance(q, k, made.mass), torch.eye(4, dtype=torch.float64).expand(2, 4, 4)
-    plain = polynomial.Turn(eye, eye, turn.spectrum)
+    plain = polynomial.Balance(eye, eye, turn.spectrum)
     for degree in (2, 3):
         basis = monomials.full(4, degree)
         left, right = (polynomial.coefficients("least_squares", made, t, basis) for t in (turn, plain))

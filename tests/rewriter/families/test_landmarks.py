@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+from rules import mask_of
 
-from polyattn.rewriter.families.skeleton.landmarks import Skeleton, fit
+from polyattn.rewriter.families.skeleton.landmarks import Landmarks, fit
+from polyattn.rewriter.masks.mask import CAUSAL
 
 Tokens = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 SCALE = 0.35
@@ -35,11 +37,11 @@ def local(n: int, width: float) -> Tokens:
     return torch.cat([q, turn], 3), torch.cat([k, turn], 3), weights
 
 
-def made(x: Tokens, m: int, causal: bool = False, near: int | None = None) -> Skeleton:
-    return fit(*x, SCALE, m, torch.Generator().manual_seed(0), causal, near=near)
+def made(x: Tokens, m: int, causal: bool = False, near: int | None = None) -> Landmarks:
+    return fit(*x, SCALE, m, torch.Generator().manual_seed(0), mask_of(causal, near is not None), near=near)
 
 
-def row_errors(x: Tokens, found: Skeleton, causal: bool = False, near: int | None = None) -> torch.Tensor:
+def row_errors(x: Tokens, found: Landmarks, causal: bool = False, near: int | None = None) -> torch.Tensor:
     """Σ_j |P̃_ij − P_ij| with a near field that is exact, all densely and in the tokens' dtype, [heads, elements, n]."""
     q, k, weights = x
     keys, queries, core = (part[:, None].to(q.dtype) for part in (found.keys, found.queries, found.core))
@@ -84,7 +86,7 @@ def test_more_landmarks_err_less() -> None:
 def test_a_seeded_generator_decides_and_the_global_one_is_left_alone(near: int | None) -> None:
     x, before = tokens(elements=2), torch.get_rng_state()
     first, second = made(x, 24, True, near), made(x, 24, True, near)
-    other = fit(*x, SCALE, 24, torch.Generator().manual_seed(1), True, near=near)
+    other = fit(*x, SCALE, 24, torch.Generator().manual_seed(1), CAUSAL, near=near)
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert not torch.equal(first.core, other.core)

@@ -19,7 +19,7 @@ import numpy as np
 import sympy
 import torch
 
-from polyattn.rewriter.algebra.expr import R1, D, R
+from polyattn.rewriter.algebra.tensor import R1, RANK_LETTERS, D, Kind, R
 
 
 @dataclass(frozen=True)
@@ -169,6 +169,11 @@ def weights(coefficients: Sequence[float], basis: Basis) -> np.ndarray:
 def taylor(degree: int) -> tuple[float, ...]:
     """Coefficients of exp's Taylor polynomial; its relative error on |x| ≤ B is below B^(g+1)/(g+1)! · e^{2B}."""
     return tuple(1.0 / math.factorial(m) for m in range(degree + 1))
+
+
+def rank_kind(top: int, degree: int) -> Kind:
+    """The axis of the features of a degree, in a program whose highest degree is ``top``."""
+    return Kind(RANK_LETTERS[top - degree], rank_symbol(top - degree))
 
 
 def rank_symbol(lower: int) -> sympy.Symbol:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from polyattn.rewriter.families.polynomial import monomials
+from polyattn.rewriter.algebra import monomials
 
 sizes = hypothesis.given(d=st.integers(1, 6), degree=st.integers(1, 4))
 settings = hypothesis.settings(deadline=None, derandomize=True, max_examples=24)

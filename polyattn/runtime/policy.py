@@ -1,0 +1,159 @@
+"""Policy: pure functions that decide, count and judge; each takes a state and returns a new one (math.md §5).
+
+Under ``policy="auto"`` a failed audit makes a site exact from that call on, until :func:`polyattn.reset`: to try again
+it would have to run the low-rank form beside the exact one, in vain as long as nothing has changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import sympy
+
+from polyattn.options import Options
+from polyattn.passes.derive.forms import Form, softmax
+from polyattn.passes.derive.kernels import exact_cost, kernels
+from polyattn.rewriter.algebra.tensor import N_K
+from polyattn.rewriter.families.family import Fit
+from polyattn.rewriter.masks.mask import NONE
+from polyattn.rewriter.rules.rule import ApproximateRule
+from polyattn.runtime.state import Audit, Decision, SiteState, Verdict
+from polyattn.site_plan import SitePlan
+
+FAILED_ROWS, DEFAULT_WAIT = 1 / 8, 8
+"""The part of a call's rows, computed exactly, from which on features are fitted anew; calls between two fits where no
+audit repeats."""
+
+
+class Errors(NamedTuple):
+    """What an audit measures: the worst row's error in the additive unit, and the relative one."""
+
+    additive: float
+    relative: float
+
+
+# -- the decision ----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def symbolic_costs(
+    form: Form, rule: ApproximateRule, gradient: str, projected_values: bool = False
+) -> tuple[sympy.Expr, sympy.Expr]:
+    """FLOPs per head, forward and backward, of exact attention and of the low-rank plan, in the rule's symbols."""
+    dense = exact_cost(softmax(form.mask)) * form.mask.share
+    return sympy.expand(dense), kernels(form, rule, gradient).cost(projected_values)
+
+
+def costs(shape: Mapping[str, int], plan: SitePlan) -> tuple[int, int]:
+    """The same as numbers, for all heads; outlier keys are counted as exact attention over so many keys."""
+    values = plan.sizes(shape)
+    heads = shape["batch"] * shape["kv_heads"]
+    before, after = _symbolic(plan)
+    outliers = min(plan.outliers.total, shape["n_k"])
+    columns = exact_cost(softmax(NONE)).subs(values | {N_K: outliers}) if outliers else 0
+    return int(before.subs(values)) * heads, int(after.subs(values) + columns) * heads
+
+
+def _symbolic(plan: SitePlan) -> tuple[sympy.Expr, sympy.Expr]:
+    return symbolic_costs(plan.form, plan.family.rule, plan.gradient, plan.projection.values > 0)
+
+
+def decide(shape: Mapping[str, int], plan: SitePlan, options: Options) -> SiteState:
+    """The state of a site before its first call, by policy and cost; the audit comes after the first forward."""
+    before, after = costs(shape, plan)
+    symbolic = _symbolic(plan)
+    verdict: Verdict = "low_rank"
+    if options.policy == "exact":
+        verdict, reason = "exact", "policy='exact'"
+    elif options.policy == "low_rank":
+        reason = "policy='low_rank'"
+    elif options.audit_rows == 0:
+        verdict, reason = "exact", "policy='auto' needs an audit, and audit_rows=0"
+    elif after >= before:
+        verdict, reason = "exact", f"low rank costs {after / before:.2f} times exact attention at this length"
+    else:
+        reason = f"low rank costs {after / before:.2f} times exact attention"
+    decision = Decision(verdict, reason, plan, dict(shape), before, after, *symbolic)
+    state = SiteState(decision)
+    return state if verdict == "low_rank" else become_exact(state, reason)
+
+
+def become_exact(state: SiteState, reason: str) -> SiteState:
+    """Exact from now on; the plan and the fit stay known, because a checkpoint may run a low-rank call again."""
+    old = state.decision
+    decision = dataclasses.replace(
+        old,
+        verdict="exact",
+        reason=reason,
+        flops_after=old.flops_before,
+        flops_after_symbolic=old.flops_before_symbolic,
+    )
+    return dataclasses.replace(state, decision=decision, guarantee="exact")
+
+
+# -- calls -----------------------------------------------------------------------------------------------------------
+
+
+def count(state: SiteState, options: Options) -> tuple[SiteState, bool]:
+    """One more call, and whether it is audited: claimed at once, so that another thread need not audit as well."""
+    counters = state.counters
+    number = counters.calls + 1
+    since = number - counters.audited_call
+    due = counters.audits == 0 or (options.audit_every > 0 and since >= options.audit_every)
+    audited = state.low_rank and options.audit_rows > 0 and due
+    if audited:
+        return state.counting(calls=number, audited_call=number), True
+    return state.counting(calls=number), False
+
+
+def measured(state: SiteState, number: int, errors: Errors) -> SiteState:
+    """Record the audit of a call."""
+    old, counters = state.audit, state.counters
+    audit = Audit(
+        errors.additive,
+        errors.relative,
+        larger(old.worst_error, errors.additive),
+        larger(old.worst_relative_error, errors.relative),
+    )
+    state = state.counting(audits=counters.audits + 1, audited_call=max(counters.audited_call, number))
+    return dataclasses.replace(state, audit=audit, guarantee="audited" if state.low_rank else state.guarantee)
+
+
+def holds(errors: Errors, options: Options) -> bool:
+    """Whether an audit is within both tolerances; NaN is not."""
+    return errors.additive <= options.tolerance and errors.relative <= options.relative_tolerance
+
+
+def larger(a: float | None, b: float) -> float:
+    """The larger of two errors; NaN, which may be any error, is larger than every number."""
+    return b if a is None or math.isnan(b) or b > a else a
+
+
+# -- fits ------------------------------------------------------------------------------------------------------------
+
+
+def fitted(state: SiteState, fit: Fit) -> SiteState:
+    """The state with a fit that was just made."""
+    return dataclasses.replace(state.counting(fits=state.counters.fits + 1), fit=fit)
+
+
+def served(exact_rows: int, rows: int, errors: Errors | None, options: Options) -> bool:
+    """Whether a fit served its call: few of its rows had to be exact, and its audit, where there was one, held."""
+    return exact_rows <= FAILED_ROWS * rows and (errors is None or holds(errors, options))
+
+
+def refit_due(state: SiteState, number: int | None, fit: Fit, options: Options) -> bool:
+    """Whether a fit that fails may be made anew by the call of this number; None is a recomputation."""
+    if not options.refit or number is None:
+        return False
+    wait = state.counters.wait * (options.audit_every or DEFAULT_WAIT)
+    return fit.call is None or number - fit.call >= wait
+
+
+def refitted(state: SiteState, helped: bool) -> SiteState:
+    """After a fit was made anew: the next one may come as soon, or after twice as many calls."""
+    return state.counting(wait=1 if helped else 2 * state.counters.wait)
