@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import polyattn
 from polyattn.runtime import audit as auditing
-from polyattn.runtime import registry, replay
+from polyattn.runtime import policy, registry, replay
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
