@@ -91,10 +91,10 @@ def test_a_recompute_is_never_audited(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_under_low_rank_and_exact_calls_are_counted_once() -> None:
-    for policy in ("low_rank", "exact"):
+    for chosen in ("low_rank", "exact"):
         registry.reset()
 
-        def attention(x: torch.Tensor, policy: str = policy) -> torch.Tensor:
+        def attention(x: torch.Tensor, policy: str = chosen) -> torch.Tensor:
             return polyattn.attention(x, x, x, options={"policy": policy, "audit_every": 1})
 
         for _ in range(2):
