@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from polyattn.rewriter.algebra import expr as ir
-from polyattn.rewriter.algebra.expr import Expr, Factor, Map, Program, Term
-from polyattn.rewriter.algebra.programs import prune
+from polyattn.rewriter.algebra.expr import Expr, Factor, Map, Term
+from polyattn.rewriter.algebra.programs import Program, prune
 from polyattn.rewriter.rules.rule import Rule
 
 

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from polyattn.rewriter.algebra import expr as ir
-from polyattn.rewriter.algebra.expr import Def, Expr, Factor, Kind, Program
-from polyattn.rewriter.algebra.programs import prune
+from polyattn.rewriter.algebra.expr import Def, Expr, Factor, Kind
+from polyattn.rewriter.algebra.programs import Program, prune
 from polyattn.rewriter.rules.rule import Rule
 
 

@@ -17,8 +17,8 @@ import sympy
 
 from polyattn.errors import RewriteError
 from polyattn.rewriter.algebra import expr as ir
-from polyattn.rewriter.algebra.expr import CHUNK, HEAD, Def, Expr, Factor, Kind, Leaf, Map, Program, Tensor, Term
-from polyattn.rewriter.algebra.programs import is_near, is_pair, ordered, sides
+from polyattn.rewriter.algebra.expr import CHUNK, HEAD, Def, Expr, Factor, Kind, Leaf, Map, Tensor, Term
+from polyattn.rewriter.algebra.programs import Program, is_near, is_pair, ordered, sides
 from polyattn.rewriter.rules.absorb import ABSORB
 from polyattn.rewriter.rules.inline_features import InlineFeatures
 from polyattn.rewriter.rules.rule import ApproximateRule, Rule

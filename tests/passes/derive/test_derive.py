@@ -15,8 +15,8 @@ from polyattn.passes.derive.derive import after, derive, exact
 from polyattn.passes.derive.forms import FORMS, Form
 from polyattn.passes.derive.lift import Lifter, trace
 from polyattn.rewriter.algebra import expr as ir
-from polyattn.rewriter.algebra.expr import Program
 from polyattn.rewriter.algebra.interpret import Interpreter
+from polyattn.rewriter.algebra.programs import Program
 from polyattn.rewriter.families.polynomial.rule import PolynomialRule
 from polyattn.rewriter.planning.order import plan
 from polyattn.rewriter.planning.plan import walk
