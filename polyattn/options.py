@@ -179,6 +179,11 @@ class Options:
         return cls(**json.loads(key))
 
 
+FIT_FIELDS = (
+    "features", "degree", "polynomial", "rank", "centring", "causal_stats", "local_window", "causal_chunk",
+    "outlier_keys", "exact_keys",
+)  # fmt: skip
+"""Options that what is fitted to a head depends on."""
 RENAMED = {"heavy_keys": "outlier_keys", "near_field": "local_window", "shift": "centring"}
 """Options that had another name before: the old one still works, and a note is logged."""
 
