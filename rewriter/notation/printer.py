@@ -241,7 +241,7 @@ class Notation:
                 return tensor.coefficients[0], [Piece(AllOnes(*tensor.kinds), ends)]
             extra, name, own = self.functions.find(tensor.coefficients)
             score = self.tensor(tensor.score)
-            self._own(name, score, lambda style: f"{style.name(name)}(x) = {_polynomial(own, style)}")
+            self._own(name, score, lambda style: f"{style.name(name)}(x) = {_written_in_x(own, style)}")
             return extra, [Piece(Apply(name, score, own), ends)]
         if isinstance(tensor, Weights):
             extra, weight = self.weight(tensor.coefficients)
@@ -256,7 +256,7 @@ class Notation:
         extra, name, own = self.weights.find(coefficients)
 
         def note(style: Style) -> str:
-            listed = ", ".join(_polynomial((c,), style) for c in own)
+            listed = ", ".join(_written_in_x((c,), style) for c in own)
             formula = style.mark("[α] = c_|α| |α|!/α!", r"[\alpha] = c_{|\alpha|}\, |\alpha|!/\alpha!")
             return f"{style.name(name)}{formula}, c = ({listed})"
 
@@ -325,7 +325,7 @@ class Notation:
         return Apply(Symbol("1/", "1/"), inner)
 
 
-def _polynomial(coefficients: Coefficients, style: Style) -> str:
+def _written_in_x(coefficients: Coefficients, style: Style) -> str:
     parts = []
     for power, c in enumerate(coefficients):
         base = style.power("x", power) if power else ""
