@@ -14,7 +14,7 @@ import torch
 from polyattn.codegen import targets
 from polyattn.codegen.target import Fused
 from polyattn.passes.derive.kernels import exact_nodes
-from polyattn.rewriter.masks.mask import NONE, Mask
+from polyattn.rewriter.masks.mask import Mask
 from polyattn.runtime.rectangle import Rectangle
 
 PAIRS = 1 << 22
@@ -191,16 +191,13 @@ def fused_backward(
     return dq, dk, dv
 
 
-def _added(keep: torch.Tensor, q: torch.Tensor, softmax: Softmax) -> tuple[torch.Tensor, torch.Tensor]:
-    """What hides the keys of [B, n_k] that take no part, and those that the mask hides, as torch's kernels add it; and
-    which rows see no key, bool [B, 1, n_q, 1]."""
-    seen = keep[:, None, None]
-    if softmax.mask.hides:
-        seen = seen & softmax.mask.visible(
-            torch.arange(q.shape[2], device=q.device), torch.arange(keep.shape[1], device=q.device)
-        )
-    lost = ~seen.any(-1, keepdim=True).expand(-1, -1, q.shape[2], -1)
-    return torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~(seen | lost), -torch.inf), lost
+def _added(keep: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """What torch's kernels add to hide the keys of [B, n_k] that take no part: [B, 1, 1, n_k].
+
+    Rows that see no key are 0 there, and their log-sum-exp is finite, so that they have no gradient.
+    """
+    made = torch.zeros(keep.shape, dtype=q.dtype, device=q.device).masked_fill_(~keep, -torch.inf)
+    return made[:, None, None]
 
 
 def forward(
@@ -216,9 +213,7 @@ def forward(
     if kernel is not None and keep is None:
         return fused_forward(kernel, q, k, v, softmax)
     if kernel is not None and kernel.masked and keep is not None:
-        added, lost = _added(keep, q, softmax)
-        out, lse = fused_forward(kernel, q, k, v, ExactSoftmax(softmax.scale, NONE), added)
-        return out.masked_fill(lost, 0), lse
+        return fused_forward(kernel, q, k, v, softmax, _added(keep, q))
     groups = heads // k.shape[1]
     rows = torch.arange(q.shape[2], device=q.device)
     result = q.new_empty(*q.shape[:-1], e)
@@ -243,9 +238,7 @@ def backward(
     if kernel is not None and keep is None:
         return fused_backward(kernel, g, tensors, out, lse, softmax)
     if kernel is not None and kernel.masked and keep is not None:
-        added, lost = _added(keep, q, softmax)
-        plain = ExactSoftmax(softmax.scale, NONE)
-        return fused_backward(kernel, g.masked_fill(lost, 0), tensors, out, lse, plain, added)
+        return fused_backward(kernel, g, tensors, out, lse, softmax, _added(keep, q))
     groups = q.shape[1] // k.shape[1]
     rows = torch.arange(q.shape[2], device=q.device)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)

@@ -35,7 +35,8 @@ ROWS = 128
 
 @dataclass(frozen=True)
 class Forward:
-    """The output of grouped tensors, the denominators (−1 marks rows computed exactly), and how many such rows."""
+    """The output of grouped tensors, the denominators (−1 marks rows computed exactly, inf rows that see no key), and how
+    many rows were exact."""
 
     out: torch.Tensor
     denominators: torch.Tensor
@@ -171,11 +172,12 @@ def backward(
     gs, outs = g.reshape(*qs.shape[:-1], -1).to(qs.dtype), out.reshape(*qs.shape[:-1], -1).to(qs.dtype)
     stats = denominators.reshape(qs.shape[:-1])
     bad = stats <= 0
-    some = bool(bad.any())
+    quiet = bad | stats.isposinf()  # rows that are exact, and rows that see no key, add nothing to the sums
+    some, silent = bool(bad.any()), bool(quiet.any())
     features = bound(plan, fitted, ks)
     centred = centre(qs, ks, plan, features.change, keep)
-    low_q, low_g, low_o = (x.masked_fill(bad.unsqueeze(-1), 0.0) if some else x for x in (centred.q, gs, outs))
-    low_d = stats.masked_fill(bad, 1.0) if some else stats
+    low_q, low_g, low_o = (x.masked_fill(quiet.unsqueeze(-1), 0.0) if silent else x for x in (centred.q, gs, outs))
+    low_d = stats.masked_fill(quiet, 1.0) if silent else stats
     wanted = tuple(name for name, need in zip(("dQ", "dK", "dV"), needs, strict=True) if need)
     inputs = {"V": vs, **centred.inputs}
     inputs.update(Q=low_q, G=low_g, O=low_o, D=low_d)
@@ -186,7 +188,7 @@ def backward(
     if "dK" in result:
         result["dK"] = centred.key_gradient(result["dK"], result.pop("dB", None), plan.scale)
     if centred.outliers is not None:
-        tensors = (qs.masked_fill(bad.unsqueeze(-1), 0.0) if some else qs, ks, vs)
+        tensors = (qs.masked_fill(quiet.unsqueeze(-1), 0.0) if silent else qs, ks, vs)
         outlier_keys.backward(tensors, centred, low_g, low_o, low_d, plan, result, keep)
     if some:
         result = _with_exact_rows(result, bad, (qs, ks, vs), gs, plan, keep)

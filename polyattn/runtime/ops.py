@@ -147,8 +147,8 @@ def _(
 @torch.library.custom_op(
     "polyattn::attention_backward",
     mutates_args=(),
-    schema="(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor out, Tensor stat, Tensor fitted, Tensor plan, "
-    "float scale, bool causal, str version, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor out, Tensor stat, Tensor fitted, "
+    "Tensor plan, float scale, bool causal, str version, bool[] needs) -> (Tensor, Tensor, Tensor)",
 )
 def _attention_backward(
     g: torch.Tensor,

@@ -321,9 +321,10 @@ def test_operator_is_well_formed() -> None:
     q, k, v, _ = operands(1, 2, 1, 9, 9, 3, 3)
     import polyattn.runtime.ops as ops
 
-    arguments = (q, k, v, [], 0.5, False, "test", polyattn.Options(policy="low_rank").key(), ops.VERSION)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(torch.ops.polyattn.attention.default, arguments, test_utils=checks)
+    for keep in (None, torch.arange(9)[None] < 5):
+        arguments = (q, k, v, keep, [], 0.5, False, "test", polyattn.Options(policy="low_rank").key(), ops.VERSION)
+        torch.library.opcheck(torch.ops.polyattn.attention.default, arguments, test_utils=checks)
 
 
 def test_an_audit_does_not_lose_nan() -> None:

@@ -50,14 +50,23 @@ def dense_skeleton(
 
 
 def dense_family(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: SitePlan, packed: torch.Tensor | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: SitePlan,
+    packed: torch.Tensor | None,
+    keep: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention through any family, as a plan says, with what was fitted; outlier keys have exp."""
+    """Attention through any family, as a plan says, with what was fitted; outlier keys have exp.
+
+    Args:
+        keep: which keys take part, bool [batch, n_k]; None: all. A row that sees no key is 0.
+    """
     heavy = plan.outliers.count, plan.outliers.positions
     made = _of_family(plan.family, q, k, packed)
     window = plan.mask is LOCAL_WINDOW
     substituted = plan.gradient != "consistent"
-    return _dense(q, k, v, made, plan.near, substituted, plan.centring, plan.chunk, window, heavy)
+    return _dense(q, k, v, made, plan.near, substituted, plan.centring, plan.chunk, window, heavy, keep)
 
 
 def _of_family(family: FeatureFamily, q: torch.Tensor, k: torch.Tensor, packed: torch.Tensor | None) -> Approximate:
@@ -67,15 +76,17 @@ def _of_family(family: FeatureFamily, q: torch.Tensor, k: torch.Tensor, packed: 
     return lambda q, k, x: family.dense(q, k, scale, made)
 
 
-def _heavy(k: torch.Tensor, count: int, positions: tuple[int, ...], some: int | None) -> torch.Tensor:
-    """Which keys have exp, [batch, heads, n_k]."""
+def _heavy(
+    k: torch.Tensor, count: int, positions: tuple[int, ...], some: int | None, keep: torch.Tensor
+) -> torch.Tensor:
+    """Which keys have exp, [batch, heads, n_k]; keys that take no part are never among those of largest norm."""
     named = torch.zeros_like(k[..., 0], dtype=torch.bool)
     named[..., [p for p in positions if p < k.shape[2]]] = True
-    allowed = ~named
+    allowed = ~named & keep
     allowed[:, :, k.shape[2] if some is None else some :] = False
     chosen = named
     for _ in range(2):
-        norms = (k - _mean(k, chosen, some)).norm(dim=-1).masked_fill(~allowed, -1.0)
+        norms = (k - _mean(k, chosen | ~keep, some)).norm(dim=-1).masked_fill(~allowed, -1.0)
         chosen = named | (allowed & (norms.argsort(-1, descending=True).argsort(-1) < count))
     return chosen
 
@@ -97,6 +108,7 @@ def _dense(
     first: int | None,
     band: bool = False,
     heavy: Heavy = (0, ()),
+    keep: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention with an approximation in place of exp.
 
@@ -106,11 +118,14 @@ def _dense(
     the first tokens), and each key weighs exp(u·(k − c)); they are constants of the differentiation.
 
     ``heavy``: how many keys of largest norm around the mean, and keys at which positions, have exp.
+
+    ``keep``: which keys take part, [batch, n_k].
     """
+    part = torch.ones_like(k[:, :1, :, 0], dtype=torch.bool) if keep is None else keep[:, None]
     groups, scale = q.shape[1] // k.shape[1], 1 / math.sqrt(q.shape[-1])
     u, c, some = torch.zeros(()), torch.zeros(()), first if shift == "first_chunk" else None
     if shift != "none":
-        c = _mean(k.detach(), _heavy(k.detach(), *heavy, some), some).repeat_interleave(groups, 1)
+        c = _mean(k.detach(), _heavy(k.detach(), *heavy, some, part) | ~part, some).repeat_interleave(groups, 1)
         by_key_head = q.detach()[:, :, :some].unflatten(1, (k.shape[1], groups))
         u = by_key_head.mean((2, 3)).repeat_interleave(groups, 1)[:, :, None]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -124,15 +139,16 @@ def _dense(
         )
         a = torch.where((j // chunk - i // chunk).abs() <= 1, x.exp(), a) if band else causal
     if heavy != (0, ()):
-        exact = _heavy(k.detach(), *heavy, some)[:, :, None]
+        exact = _heavy(k.detach(), *heavy, some, part)[:, :, None]
         hidden = chunk is not None and not band
         a = torch.where(exact, x.exp().tril() if hidden else x.exp(), a)
-    a = a * log_weights.exp()
+    a = (a * log_weights.exp()).masked_fill(~part[:, :, None], 0)
     if substituted:
         # exp's own derivative with the approximation's value in place of exp: d a = a dx
         logits = x + log_weights
         a = a.detach() * (1 + logits - logits.detach())
-    return a / a.sum(-1, keepdim=True) @ v
+    total = a.sum(-1, keepdim=True)
+    return a / torch.where(total == 0, 1, total) @ v
 
 
 def dense_fitted_polynomial(
