@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from polyattn.codegen.cpu.target import CPU
+from polyattn.codegen.cpu.target import CPUTarget
 from polyattn.codegen.reference import Reference
 from polyattn.codegen.spec import KernelSpec
 from polyattn.codegen.tables import Scalars
@@ -15,7 +15,7 @@ from polyattn.codegen.target import Fused, Target
 from polyattn.codegen.triton.target import Triton
 from polyattn.rewriter.algebra.monomials import Basis
 
-TARGETS: tuple[Target, ...] = (Triton(), CPU(), Reference())
+TARGETS: tuple[Target, ...] = (Triton(), CPUTarget(), Reference())
 _failed: set[tuple[str, KernelSpec]] = set()
 """Specifications whose kernels failed on a target in this process."""
 
