@@ -62,7 +62,7 @@ class Sizes:
 def _variable(kind: Kind) -> str:
     if not isinstance(kind.size, sympy.Symbol):
         raise EmitError(f"the CPU target has no variable for the size {kind.size} of the axis {kind.letter}")
-    return kind.size.name.replace("'", "_1")
+    return str(kind.size).replace("'", "_1")
 
 
 def long(letter: str) -> bool:
