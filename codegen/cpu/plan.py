@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import sympy
 
-from polyattn.codegen.cpu.layout import Layout, Value, long, ordered
+from polyattn.codegen.cpu.layout import Layout, Value, large, long, ordered
 from polyattn.codegen.cpu.loops import Walk
 from polyattn.codegen.spec import FEATURES, TOKENS, WIDTHS, accumulates, letters
 from polyattn.errors import EmitError
@@ -176,6 +176,17 @@ class Body:
         """Whether a node is a matrix product that its only reader computes as its own first step."""
         return n.op == "contract" and not accumulates(n) and self.readers.get(n) == 1 and n not in self.outputs
 
+    def multiplied(self, n: Node) -> Node | None:
+        """The matrix product, read by nothing else, that a sum is computed together with: scores, of which it is a
+        multiple, and rows of a rule's features, to which it adds what differs between tokens or features only."""
+        if n.op != "sum" or len(n.args) > 2 or (n.tokens == 2) != (len(n.args) == 1):
+            return None
+        found = [a for a in n.args if len(a.axes) == len(n.axes)]
+        if len(found) != 1 or not self.absorbs(found[0]) or any(a.op in ("gather", "mask") for a in found[0].args):
+            return None
+        sums = set(letters(found[0])) != {x for a in found[0].args for x in letters(a)}
+        return found[0] if sums and large(ordered(letters(n))) else None
+
     def reads(self, n: Node) -> tuple[Node, ...]:
         """The nodes from whose values this target computes a node."""
         if accumulates(n):
@@ -186,11 +197,8 @@ class Body:
             return (*rows, *((found.low,) if found.low.attr > 0 else ()))
         if n.op == "features" and self.owner(n) is not n:
             return (self.owner(n),)
-        if n.op == "sum" and len(n.args) == 1 and n.tokens == 2 and self.absorbs(n.args[0]):
-            (inner,) = n.args
-            if set(letters(inner)) != {x for a in inner.args for x in letters(a)}:
-                return inner.args
-        return n.args
+        inner = self.multiplied(n)
+        return n.args if inner is None else (*inner.args, *(a for a in n.args if a is not inner))
 
     def dies(self, n: Node) -> bool:
         """Whether the present step is the last that reads the memory of a node."""

@@ -94,22 +94,31 @@ class Tiles:
         return self.draft.define(n, target, f"gradient({name}, {low.name}, {spare}, d, starts[:{degree}], views)", body)
 
     def _sum(self, n: Node, body: Body) -> Value:
-        coefficients, _ = n.attr
-        if body.reads(n) != n.args:
-            (inner,) = n.args
-            operands = [self.states.value(a, body) for a in inner.args]
-            layout = ordered(letters(n))
-            pair = matrices(operands, layout)
-            if pair is not None and pair[2] == (1, 1):
-                memory = self.draft.allocate(n, layout, body)
-                made = self.draft.define(n, layout, memory, body)
-                factor = self.draft.number(coefficients[0])
-                body.lines.append(f"{made.name}.baddbmm_({pair[0]}, {pair[1]}, beta=0, alpha={factor})")
-                return made
-            raise EmitError(f"the CPU target has no code for {n}, a multiple of {inner} = contract{inner.args}")
+        inner = body.multiplied(n)
+        if inner is not None:
+            return self._multiple(n, inner, body)
         values = [self.states.value(a, body) for a in n.args]
         layout = next((v.layout for v in values if set(v.layout) == set(letters(n))), ordered(letters(n)))
         return self.draft.define(n, layout, self.states.total(n, values, layout), body)
+
+    def _multiple(self, n: Node, inner: Node, body: Body) -> Value:
+        """A multiple of a matrix product, plus one of a value that has fewer axes, in one call."""
+        coefficients = dict(zip(n.args, n.attr[0], strict=True))
+        operands = [self.states.value(a, body) for a in inner.args]
+        layout = ordered(letters(n))
+        pair = matrices(operands, layout)
+        if pair is None or pair[2] != (1, 1):
+            raise EmitError(f"the CPU target has no code for {n}, a multiple of {inner} = contract{inner.args}")
+        memory = self.draft.allocate(n, layout, body)
+        factor = self.draft.number(coefficients.pop(inner))
+        if not coefficients:
+            made = self.draft.define(n, layout, memory, body)
+            body.lines.append(f"{made.name}.baddbmm_({pair[0]}, {pair[1]}, beta=0, alpha={factor})")
+            return made
+        ((added, c),) = coefficients.items()
+        start, beta = self.states.value(added, body).spread(layout), self.draft.number(c)
+        code = f"torch.baddbmm({start}, {pair[0]}, {pair[1]}, beta={beta}, alpha={factor}, out={memory})"
+        return self.draft.define(n, layout, code, body)
 
     def _concat(self, n: Node, body: Body) -> Value:
         widths, constants = n.attr
