@@ -11,11 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dense import dense_polynomial
+from operands import operands
 from sites import only_state
 
 import polyattn
 from polyattn import errors
 from polyattn.runtime import registry
+from polyattn.site_plan import SitePlan
 
 
 @pytest.fixture(autouse=True)
@@ -23,32 +25,12 @@ def fresh_states() -> None:
     registry.reset()
 
 
-def operands(
-    batch: int,
-    heads: int,
-    kv: int,
-    n_q: int,
-    n_k: int,
-    d: int,
-    e: int,
-    dtype: torch.dtype = torch.float64,
-    size: float = 0.7,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(n_q * 1000 + n_k)
-
-    def make(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, dtype=torch.float64, generator=generator).to(dtype)
-
-    q, k, v = size * make(batch, heads, n_q, d), size * make(batch, kv, n_k, d), make(batch, kv, n_k, e)
-    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), make(batch, heads, n_q, e)
-
-
 def agree(options: dict[str, object], causal: bool, shape: tuple[int, ...], chunk: int, bound: float = 1e-9) -> int:
     """Compare with the dense polynomial; returns how many rows were exact (nothing is compared when there are any)."""
     q, k, v, g = operands(*shape)
     degree, substituted = options["degree"], options.get("gradient") == "substituted"
     assert isinstance(degree, int)
-    shift = polyattn.Options.make(options).resolved_shift(causal)
+    shift = SitePlan.of(polyattn.Options.make(options), causal, 1.0, 4, "cpu").centring
     wanted = dense_polynomial(q, k, v, degree, causal, chunk, substituted, shift)
     found = polyattn.attention(
         q, k, v, causal=causal, options={**options, "policy": "low_rank", "causal_chunk": chunk, "audit_rows": 0}
@@ -116,7 +98,7 @@ def test_random_shapes(
 ) -> None:
     registry.reset()
     exact_rows = agree(
-        {"degree": degree, "gradient": gradient, "shift": shift, "causal_stats": causal_stats},
+        {"degree": degree, "gradient": gradient, "centring": shift, "causal_stats": causal_stats},
         causal,
         (batch, kv * groups, kv, n_q, n_k, d, e),
         chunk,
@@ -170,7 +152,7 @@ def test_rows_without_a_positive_denominator_are_computed_exactly(causal: bool) 
     with torch.no_grad():
         k.add_(1.0)
         q[..., ::3, :] = -3.0
-    options = {"policy": "low_rank", "degree": 1, "causal_chunk": 1, "audit_rows": 0, "shift": False}
+    options = {"policy": "low_rank", "degree": 1, "causal_chunk": 1, "audit_rows": 0, "centring": False}
     ours = polyattn.attention(q, k, v, causal=causal, options=options)
     exact = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     state = only_state()
@@ -378,64 +360,3 @@ def test_without_tokens_there_is_nothing_to_compute(shape: tuple[int, ...], poli
     for x, like in zip(torch.autograd.grad(out, (q, k, v), g), (q, k, v), strict=True):
         assert x.shape == like.shape
         assert not x.any()
-
-
-KEY_MASKS = {
-    "one_for_all": (torch.arange(23) % 3 != 1, False),
-    "per_element": (torch.rand(2, 23, generator=torch.Generator().manual_seed(3)) < 0.6, False),
-    "padding": (torch.arange(23) < torch.tensor([[17], [23]]), True),
-    "everything": (torch.ones(23, dtype=torch.bool), True),
-}
-
-
-@pytest.mark.parametrize("policy", ["low_rank", "exact"])
-@pytest.mark.parametrize("name", sorted(KEY_MASKS))
-def test_key_mask(name: str, policy: str) -> None:
-    mask, causal = KEY_MASKS[name]
-    q, k, v, g = operands(2, 4, 2, 19, 23, 5, 3)
-    full = mask.expand(2, 23)[:, None, None] & (torch.ones(19, 23).tril().bool() if causal else torch.tensor(True))
-    if policy == "exact":
-        wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=full, enable_gqa=True)
-    else:
-        x = q @ k.repeat_interleave(2, 1).mT / math.sqrt(5)
-        a = (x.exp() if causal else 1 + x + x * x / 2).masked_fill(~full, 0.0)  # with one chunk all of it is exact
-        wanted = a / a.sum(-1, keepdim=True) @ v.repeat_interleave(2, 1)
-    options = {"policy": policy, "causal_chunk": 32, "audit_rows": 0, "shift": False}
-    found = polyattn.attention(q, k, v, key_mask=mask, causal=causal, options=options)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
-    for x, y in zip(torch.autograd.grad(found, (q, k, v), g), torch.autograd.grad(wanted, (q, k, v), g), strict=True):
-        torch.testing.assert_close(x, y, rtol=0, atol=1e-11)
-
-
-def test_a_batch_element_without_keys_is_zero() -> None:
-    q, k, v, g = operands(2, 1, 1, 6, 5, 3, 3)
-    mask = torch.tensor([[True] * 5, [False] * 5])
-    out = polyattn.attention(q, k, v, key_mask=mask, options={"policy": "exact"})
-    torch.testing.assert_close(out[0], F.scaled_dot_product_attention(q[0], k[0], v[0]))
-    assert not out[1].any()
-    assert all(torch.isfinite(x).all() for x in torch.autograd.grad(out, (q, k, v), g))
-
-
-def test_key_mask_without_batch_axes() -> None:
-    q, k, v, _ = operands(1, 2, 2, 6, 5, 3, 3)
-    mask = torch.tensor([True, False, True, True, False])
-    options = {"policy": "exact"}
-    wanted = polyattn.attention(q, k, v, key_mask=mask, options=options)
-    torch.testing.assert_close(polyattn.attention(q[0], k[0], v[0], key_mask=mask, options=options), wanted[0])
-    five = polyattn.attention(q[None], k[None], v[None], key_mask=mask.expand(1, 1, 5), options=options)
-    torch.testing.assert_close(five, wanted[None])
-
-
-def test_key_mask_shifts_by_the_mean_of_the_keys_that_take_part() -> None:
-    q, k, v, g = operands(2, 4, 2, 19, 23, 5, 3)
-    mask = torch.ones(2, 23, dtype=torch.bool)
-    mask[0, 15:], mask[1, :4] = False, False
-    found = polyattn.attention(q, k, v, key_mask=mask, options={"policy": "low_rank", "audit_rows": 0})
-    parts = [
-        dense_polynomial(q[b : b + 1], k[b : b + 1, :, mask[b]], v[b : b + 1, :, mask[b]], 2, False, 1, False, "call")
-        for b in range(2)
-    ]
-    wanted = torch.cat(parts)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
-    for x, y in zip(torch.autograd.grad(found, (q, k, v), g), torch.autograd.grad(wanted, (q, k, v), g), strict=True):
-        torch.testing.assert_close(x, y, rtol=0, atol=1e-9)

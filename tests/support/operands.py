@@ -1,4 +1,4 @@
-"""Random operands that several test files take: of a form of attention, and of a kernel specification."""
+"""Random operands that several test files take: of a form, of a kernel specification, and of attention."""
 
 from __future__ import annotations
 
@@ -50,3 +50,24 @@ def spec_inputs(
         "G": rand(heads, groups, n_q, e),
         "B": rand(heads, n_k).exp(),
     }
+
+
+def operands(
+    batch: int,
+    heads: int,
+    kv: int,
+    n_q: int,
+    n_k: int,
+    d: int,
+    e: int,
+    dtype: torch.dtype = torch.float64,
+    size: float = 0.7,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v, which require gradients, and a gradient of the output; queries and keys of deviation ``size``."""
+    generator = torch.Generator().manual_seed(n_q * 1000 + n_k)
+
+    def make(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator).to(dtype)
+
+    q, k, v = size * make(batch, heads, n_q, d), size * make(batch, kv, n_k, d), make(batch, kv, n_k, e)
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), make(batch, heads, n_q, e)

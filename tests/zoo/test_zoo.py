@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
-from pathlib import Path
 from typing import Any
 
+import count
+import measure
+import models
+import page
 import pytest
+import run
 import torch
 import torch.nn.functional as F
-
-
-def _load(name: str) -> Any:
-    """A file of this folder as a module (it is no package, and ``sys.path`` stays as it is)."""
-    spec = importlib.util.spec_from_file_location(f"zoo_{name}", Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-models, run, count = _load("models"), _load("run"), _load("count")
+from rows import COLUMNS, MODES, Row
 
 SHORT = [
     ("bert", "eager", "inference"),
@@ -58,7 +48,7 @@ UNSEEN = {"nn.Transformer, without tgt_is_causal"}
 """Models whose attention stock Dynamo puts into no graph."""
 
 
-def check(row: Any) -> None:
+def check(row: Row) -> None:
     __tracebackhide__ = True
     if row.model in REFUSED and row.refusals:
         assert all(any(word in r["reason"] for word in REFUSED[row.model].split("|")) for r in row.refusals)
@@ -66,7 +56,7 @@ def check(row: Any) -> None:
     if row.model in UNSEEN:
         assert row.captured == 0
         row.executed = 0
-    assert row.complete, run.table_row(row)
+    assert row.complete, page.table_row(row)
 
 
 @pytest.mark.timeout(300)
@@ -76,9 +66,9 @@ def test_attention_of_a_few_models_is_found_and_equal() -> None:
     assert len(rows) == len(SHORT)
     for row in rows:
         check(row)
-    page = (run.ROOT / "docs" / "zoo.md").read_text(encoding="utf-8")
-    kept = {tuple(cells[:3]): cells[3:6] for cells in map(_cells, page.splitlines()) if len(cells) == len(run.COLUMNS)}
-    now = {(row.model, row.implementation, row.mode): _cells(run.table_row(row))[3:6] for row in rows}
+    text = (run.ROOT / "docs" / "zoo.md").read_text(encoding="utf-8")
+    kept = {tuple(cells[:3]): cells[3:6] for cells in map(_cells, text.splitlines()) if len(cells) == len(COLUMNS)}
+    now = {(row.model, row.implementation, row.mode): _cells(page.table_row(row))[3:6] for row in rows}
     assert now == {key: kept[key] for key in now}, "docs/zoo.md says otherwise: run `make zoo`"
 
 
@@ -95,7 +85,7 @@ def test_every_attention_is_found_and_equal(name: str) -> None:
     if importlib.util.find_spec(entry.package) is None:
         pytest.skip(f"{entry.package} is not installed: pip install -e '.[zoo]'")
     rows = run.start(run.every_row(entry))
-    assert len(rows) == len(entry.implementations) * len(run.MODES)
+    assert len(rows) == len(entry.implementations) * len(MODES)
     for row in rows:
         check(row)
 
@@ -142,6 +132,6 @@ def test_the_count_from_outside(spelling: Any, number: int) -> None:
 
 def test_the_comparison_sees_nan_and_scale() -> None:
     wanted = torch.tensor([1.0, float("nan"), 4.0])
-    assert run.relative(wanted, wanted) == 0
-    assert run.relative(torch.tensor([1.0, 0.0, 4.0]), wanted) == float("inf")
-    assert run.relative(torch.tensor([2.0, float("nan"), 4.0]), wanted) == 0.25
+    assert measure.relative(wanted, wanted) == 0
+    assert measure.relative(torch.tensor([1.0, 0.0, 4.0]), wanted) == float("inf")
+    assert measure.relative(torch.tensor([2.0, float("nan"), 4.0]), wanted) == 0.25

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from matching import INF, check, check_precision, compile_and_report, refused
+from matching import INF, check, check_precision
 
 N, D, E = 10, 8, 6
 
@@ -224,7 +225,7 @@ def test_spelling(name: str) -> None:
     assert site.causal is causal
     assert site.scale == pytest.approx(scale, rel=1e-12)
     assert site.shape == {"batch": 2, "heads": 3, "kv_heads": 3, "n_q": N, "n_k": N, "d": D, "e": E}
-    assert "test_match.py:" in site.where
+    assert f"{Path(__file__).name}:" in site.where
     assert f"in {name}" in site.where
 
 
@@ -313,129 +314,3 @@ def test_two_attentions_in_a_row() -> None:
 def test_self_attention_of_one_tensor() -> None:
     (x, _, _) = qkv(2, 3)
     check(lambda x: (x @ x.transpose(-2, -1)).softmax(-1) @ x, [x])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# owners, symbolic sizes
-
-
-class Block(torch.nn.Module):
-    def __init__(self, dim: int = 16, heads: int = 2, dtype: torch.dtype = torch.float64) -> None:
-        super().__init__()
-        self.heads = heads
-        self.query, self.key, self.value, self.out = (torch.nn.Linear(dim, dim, dtype=dtype) for _ in range(4))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        b, n, c = x.shape
-        q, k, v = (
-            f(x).view(b, n, self.heads, c // self.heads).transpose(1, 2) for f in (self.query, self.key, self.value)
-        )
-        scores = q @ k.transpose(-2, -1) / math.sqrt(c // self.heads)
-        scores = scores.masked_fill(torch.tril(torch.ones(n, n)) == 0, -INF)
-        return self.out((scores.softmax(-1) @ v).transpose(1, 2).contiguous().view(b, n, c))
-
-
-def test_owners_are_the_weights_of_the_projections(monkeypatch: pytest.MonkeyPatch) -> None:
-    from polyattn.passes import pipeline
-
-    seen: list[Any] = []
-    original = pipeline.splice
-    monkeypatch.setattr(pipeline, "splice", lambda site, *args: (seen.append(site), original(site, *args))[1])
-    block = Block()
-    compiled, _ = compile_and_report(block)
-    compiled(torch.randn(2, N, 16, dtype=torch.float64))
-    (site,) = seen
-    assert [str(owner.target) for owner in site.owners] == [
-        "L_self_modules_query_parameters_weight_",
-        "L_self_modules_key_parameters_weight_",
-    ]
-
-
-def test_symbolic_sizes_stay_symbolic() -> None:
-    compiled, found = compile_and_report(Block(), dynamic=True)
-    block = compiled._orig_mod
-    for n in (7, 12, 31):
-        x = torch.randn(2, n, 16, dtype=torch.float64)
-        torch.testing.assert_close(compiled(x), block(x), rtol=1e-9, atol=1e-9)
-    (report,) = found
-    (site,) = report.sites
-    assert site.compiled_shape["d"] == 8
-    assert isinstance(site.compiled_shape["n_q"], str)
-
-
-DYNAMIC_SCALES: dict[str, Callable[..., Any]] = {
-    "multiplied": lambda q, k, v: (q @ k.mT * (1 / q.shape[-2])).softmax(-1) @ v,
-    "divided": lambda q, k, v: ((q @ k.mT) * 2 / math.sqrt(q.shape[-1])).softmax(-1) @ v,
-    "masked": lambda q, k, v: (
-        ((q @ k.mT) / q.shape[-1] ** 0.5)
-        .masked_fill(torch.ones(q.shape[-2], k.shape[-2]).tril() == 0, -1e9)
-        .softmax(-1)
-        @ v
-    ),
-    "torch's own": F.scaled_dot_product_attention,
-    "torch's own, with a scale": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=1 / q.shape[-2]),
-    "torch's own, masked": lambda q, k, v: F.scaled_dot_product_attention(
-        q, k, v, attn_mask=torch.ones(q.shape[-2], k.shape[-2]).tril(2) == 1
-    ),
-    "masked by hand": lambda q, k, v: (
-        (q @ k.mT / q.shape[-2]).masked_fill(torch.ones(q.shape[-2], k.shape[-2]).tril(2) == 0, -INF).softmax(-1) @ v
-    ),
-}
-
-
-@pytest.mark.parametrize("name", DYNAMIC_SCALES)
-def test_scale_of_a_dynamic_size(name: str) -> None:
-    function = DYNAMIC_SCALES[name]
-    (site,) = check(function, qkv(2, 3), dynamic=True).sites
-    assert math.isnan(site.scale) is (name != "torch's own, with a scale")  # a number that Dynamo makes a constant
-    compiled, _ = compile_and_report(function, dynamic=True)
-    for d in (D, 2 * D):
-        q, k, v = (torch.randn(2, 3, N, size, dtype=torch.float64) for size in (d, d, E))
-        torch.testing.assert_close(compiled(q, k, v), function(q, k, v), rtol=1e-9, atol=1e-9)
-
-
-NO_DYNAMIC_SCALES: dict[str, tuple[Callable[..., Any], str]] = {
-    "of any sign": (lambda q, k, v: (q @ k.mT * (q.shape[-2] - 20)).softmax(-1) @ v, "may not be positive"),
-    "a bias before it": (
-        lambda q, k, v: ((q @ k.mT + k.mean(-1)[..., None, :]) / q.shape[-1]).softmax(-1) @ v,
-        "multiplied by a dynamic size",
-    ),
-    "a finite fill before it": (
-        lambda q, k, v: ((q @ k.mT).masked_fill(torch.ones(N, N).tril() == 0, -1e4) / q.shape[-1]).softmax(-1) @ v,
-        "that replaces them",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", NO_DYNAMIC_SCALES)
-def test_near_misses_of_a_dynamic_scale(name: str) -> None:
-    function, words = NO_DYNAMIC_SCALES[name]
-    assert words in refused(function, qkv(2, 3), dynamic=True)
-
-
-@pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
-def test_the_fused_encoder_layer_is_opened(norm_first: bool, activation: str) -> None:
-    """A second attention in the graph, which is replaced, makes the opened layer run."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        layer = torch.nn.TransformerEncoderLayer(
-            16, 2, 32, 0.0, batch_first=True, norm_first=norm_first, activation=activation
-        ).eval()
-        x = torch.randn(2, N, 16)
-    padding = torch.zeros(2, N, dtype=torch.bool)
-    padding[0, 7:] = True
-    later = torch.ones(N, N, dtype=torch.bool).triu(1)
-    for given, mask in (({}, "none"), ({"src_key_padding_mask": padding}, "mask"), ({"src_mask": later}, "mask"),
-                        ({"src_key_padding_mask": padding, "src_mask": later}, "mask")):  # fmt: skip
-
-        def function(x, given=given):
-            x = layer(x, **given)
-            return (x @ x.transpose(-2, -1)).softmax(-1) @ x
-
-        compiled, found = compile_and_report(function)
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(x), function(x), rtol=1e-5, atol=1e-5)
-        (report,) = found
-        assert not report.refusals, str(report)
-        assert [site.mask for site in report.sites] == [mask, "none"]
