@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from programs import assert_equal, program, written
 
-from polyattn.rewriter.rules.inline_features import InlineFeatures
 from polyattn.rewriter.families.skeleton.rule import OF_KEYS, OF_QUERIES
+from polyattn.rewriter.rules.inline_features import InlineFeatures
 
 RULE = InlineFeatures((OF_KEYS, OF_QUERIES), "landmarks")
 
