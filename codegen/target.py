@@ -42,6 +42,9 @@ class Target(abc.ABC):
     name: ClassVar[str]
     may_fail: ClassVar[bool] = False
     """Whether a device may refuse kernels that were emitted, so that the next target runs them."""
+    added_masks: ClassVar[bool] = False
+    """Whether torch's own attention of its devices takes a mask that is added to the scores, forward and backward, and
+    beside half-precision queries in float32 too."""
 
     def __init__(self) -> None:
         self._failed: set[KernelSpec] = set()

@@ -99,7 +99,7 @@ def _text(spec: KernelSpec) -> str:
 def _header(spec: KernelSpec, writer: Writer) -> str:
     outputs = ", ".join(name for loop in spec.loops for name, _ in loop.stores) or "states"
     degrees = writer.draft.ranks.values()
-    family = f"degree {max(degrees)}" if degrees or spec.rule is None else spec.rule.title
+    family = f"degree {max(degrees)}" if degrees else "no features" if spec.rule is None else spec.rule.title
     lines = [f'"""{spec.name} of low-rank attention, {family}, {spec.mask.title}: {outputs}.', ""]
     lines += [
         "Q [H, groups, n_q, d], G and O [H, groups, n_q, e], D [H, groups, n_q]; K [H, n_k, d], V [H, n_k, e]"
@@ -171,6 +171,7 @@ class CPUTarget(Target):
     """Torch calls on tiles that stay in the cache."""
 
     name = "cpu"
+    added_masks = True
 
     def available(self, device: torch.device) -> bool:
         """CPUs."""
