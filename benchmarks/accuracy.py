@@ -66,6 +66,7 @@ SCHEMES = (
     Scheme("nested 4, at most 561", fitted(4, rank=561)),
     Scheme("nested 4, at most 1,600", NESTED, every=2, gradients=6),
     Scheme("skeleton 256", skeleton(256)),
+    Scheme("random 256", {"features": "random", "rank": 256}),
     Scheme("skeleton 256, 128 outlier keys", skeleton(256, outlier_keys=128)),
     Scheme("skeleton 512", skeleton(512), gradients=3),
     Scheme("skeleton 1,024", skeleton(1024), every=2, gradients=6),

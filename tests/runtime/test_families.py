@@ -17,6 +17,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "least squares": {"degree": 2, "polynomial": "least_squares"},
     "nested": {"degree": 3, "rank": 18},
     "skeleton": {"features": "skeleton", "rank": 12},
+    "random": {"features": "random", "rank": 12},
 }
 MASKS: dict[str, dict[str, Any]] = {
     "none": {},
