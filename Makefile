@@ -22,7 +22,7 @@ demo: $(STAMP) ## train a small transformer with inductor and with polyattn, and
 
 test: $(STAMP) ## run the tests, without those marked long
 	$(BIN)/python -m pytest $(TEST)
-	$(if $(TEST),,TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/codegen/test_triton_target.py)
+	$(if $(TEST),,TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/codegen/triton)
 
 test-long: $(STAMP) ## run the tests marked long
 	$(BIN)/python -m pytest -m long $(TEST)

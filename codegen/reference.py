@@ -13,7 +13,7 @@ from polyattn.codegen.target import Target
 from polyattn.rewriter.algebra.monomials import Basis
 
 
-class Reference(Target):
+class ReferenceTarget(Target):
     """Runs every specification everywhere."""
 
     name = "specification"
@@ -35,3 +35,6 @@ class Reference(Target):
     ) -> dict[str, torch.Tensor]:
         """See :meth:`Target.run`."""
         return Evaluation(spec, inputs, scalars, basis, block).run()
+
+
+REFERENCE = ReferenceTarget()

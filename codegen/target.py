@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import logging
 from collections.abc import Callable, Mapping
 from typing import ClassVar, NamedTuple
 
@@ -41,6 +42,32 @@ class Target(abc.ABC):
     name: ClassVar[str]
     may_fail: ClassVar[bool] = False
     """Whether a device may refuse kernels that were emitted, so that the next target runs them."""
+    added_masks: ClassVar[bool] = False
+    """Whether torch's own attention of its devices takes a mask that is added to the scores, forward and backward, and
+    beside half-precision queries in float32 too."""
+
+    def __init__(self) -> None:
+        self._failed: set[KernelSpec] = set()
+
+    def runs(self, spec: KernelSpec) -> bool:
+        """Whether the target has code for a specification, which has not failed on a device of this process."""
+        return self.unsupported(spec) is None and spec not in self._failed
+
+    def fail(self, spec: KernelSpec, device: torch.device, error: Exception) -> None:
+        """Remember that a device cannot take a kernel (shared memory, an old Triton), and say so once."""
+        if spec not in self._failed:
+            self._failed.add(spec)
+            logging.getLogger("polyattn").warning(
+                "%s kernels of the %s do not run on %s; plain torch runs instead: %s",
+                self.name,
+                spec.name,
+                device,
+                error,
+            )
+
+    def reset(self) -> None:
+        """Forget which kernels have failed."""
+        self._failed.clear()
 
     @abc.abstractmethod
     def available(self, device: torch.device) -> bool:
@@ -55,7 +82,7 @@ class Target(abc.ABC):
         """The text of a specification for this target.
 
         Raises:
-            ScheduleError: it is unsupported; the message is the reason.
+            EmitError: it is unsupported; the message is the reason.
         """
 
     @abc.abstractmethod

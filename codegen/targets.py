@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 
 import torch
 
 from polyattn.codegen.cpu.target import CPU
-from polyattn.codegen.reference import Reference
+from polyattn.codegen.reference import REFERENCE
 from polyattn.codegen.spec import KernelSpec
 from polyattn.codegen.tables import Scalars
 from polyattn.codegen.target import Fused, Target
-from polyattn.codegen.triton.target import Triton
+from polyattn.codegen.triton.target import TRITON
 from polyattn.rewriter.algebra.monomials import Basis
 
-TARGETS: tuple[Target, ...] = (Triton(), CPU(), Reference())
-_failed: set[tuple[str, KernelSpec]] = set()
-"""Specifications whose kernels failed on a target in this process."""
+TARGETS: tuple[Target, ...] = (TRITON, CPU, REFERENCE)
 
 
 def of_device(device: torch.device) -> Target:
@@ -26,12 +23,8 @@ def of_device(device: torch.device) -> Target:
 
 
 def of(spec: KernelSpec, device: torch.device) -> Target:
-    """The preferred target that has code for a specification on a device."""
-    return next(
-        target
-        for target in TARGETS
-        if target.available(device) and (target.name, spec) not in _failed and target.unsupported(spec) is None
-    )
+    """The preferred target that runs a specification on a device."""
+    return next(target for target in TARGETS if target.available(device) and target.runs(spec))
 
 
 def fused_kernel(q: torch.Tensor) -> Fused | None:
@@ -58,16 +51,14 @@ def run(
     except Exception as error:
         if not chosen.may_fail:
             raise
-        # Plain torch computes the same; what a device cannot take (shared memory, an old Triton) is said once.
-        _failed.add((chosen.name, spec))
-        logging.getLogger("polyattn").warning(
-            "%s kernels of the %s do not run on %s; plain torch runs instead: %s",
-            chosen.name,
-            spec.name,
-            device,
-            error,
-        )
+        chosen.fail(spec, device, error)
         return of(spec, device).run(spec, inputs, scalars, basis, block)
+
+
+def reset() -> None:
+    """Forget which kernels have failed on a device of this process."""
+    for target in TARGETS:
+        target.reset()
 
 
 def sources(spec: KernelSpec) -> dict[str, str]:

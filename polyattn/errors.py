@@ -51,5 +51,5 @@ class ScheduleError(PolyattnError):
     """A plan cannot be laid out as loops over tokens without an n x n or n x r matrix."""
 
 
-class EmitError(PolyattnError):
-    """A target cannot emit code for a kernel specification."""
+class EmitError(ScheduleError):
+    """A target has no code for a kernel specification; the message says why."""

@@ -10,13 +10,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import sympy
+from sympy.printing.str import StrPrinter
 
-from polyattn.codegen.spec import FEATURES, TOKENS, WIDTHS
-from polyattn.errors import ScheduleError
+from polyattn.codegen.spec import FEATURES, TOKENS, WIDTHS, KernelSpec
+from polyattn.errors import EmitError
+from polyattn.rewriter.algebra.expr import Kind
 
 SIZES = {"a": "d", "b": "e", "b̂": "e + 1", "c": "d_1", "i": "T_q", "j": "T_k", "t": "T"}
-RULE_SIZE = "m"
-"""The variable for the size of the feature axes that a rule brings in."""
+"""Variables, or expressions, for the sizes of axes that are in every specification."""
 
 Layout = tuple[str, ...]
 
@@ -27,9 +28,41 @@ def rank_name(letter: str) -> str:
     return "r" if level == 0 else f"r_{level}"
 
 
-def size(letter: str) -> str:
-    """The variable, or expression, for the size of an axis."""
-    return rank_name(letter) if letter in FEATURES else SIZES.get(letter, RULE_SIZE)
+class Sizes:
+    """The variables of an emitted file for the sizes of axes; those of a rule's own axes come from its inputs."""
+
+    def __init__(self, spec: KernelSpec) -> None:
+        self._own: dict[str, str] = {}
+        self.sources: dict[str, str] = {}
+        """Variable → the expression that it is read from, for sizes that a rule brings in."""
+        for leaf in spec.leaves:
+            for at, kind in enumerate(leaf.axes):
+                if kind.feature:
+                    self._own[kind.letter] = _variable(kind)
+                    self.sources.setdefault(_variable(kind), f"{leaf.name}.shape[{1 + at}]")
+
+    def of(self, letter: str) -> str:
+        """The variable, or expression, for the size of an axis.
+
+        Raises:
+            EmitError: an axis of no input.
+        """
+        if letter in FEATURES:
+            return rank_name(letter)
+        made = SIZES.get(letter) or self._own.get(letter)
+        if made is None:
+            raise EmitError(f"the CPU target does not know how large the axis {letter} is, which no input has")
+        return made
+
+    def shape(self, layout: Layout) -> str:
+        """The shape of a tile or state, as comments give it."""
+        return f"[{', '.join(['H', *map(self.of, layout)])}]"
+
+
+def _variable(kind: Kind) -> str:
+    if not isinstance(kind.size, sympy.Symbol):
+        raise EmitError(f"the CPU target has no variable for the size {kind.size} of the axis {kind.letter}")
+    return str(kind.size).replace("'", "_1")
 
 
 def long(letter: str) -> bool:
@@ -58,9 +91,6 @@ class Value:
     name: str
     layout: Layout
 
-    def shape(self) -> str:
-        return shape_text(self.layout)
-
     def matrix(self, rows: Layout, columns: Layout) -> str | None:
         """The expression of this value as a batch of matrices, where transposing and flattening are enough."""
         if self.layout == (*rows, *columns):
@@ -87,10 +117,6 @@ class Value:
         return f"{name}[{_short(dims)}]"
 
 
-def shape_text(layout: Layout) -> str:
-    return f"[H, {', '.join(map(size, layout))}]" if layout else "[H]"
-
-
 def _flat(name: str, first: int, second: int) -> str:
     name += f".flatten(1, {first})" if first > 1 else ""
     return name + (".flatten(2)" if second > 1 else "")
@@ -105,14 +131,27 @@ def _short(dims: Sequence[str]) -> str:
     return ", ".join(["...", *kept[leading:]] if leading > 1 and len(kept) == len(dims) else kept)
 
 
+class _Printer(StrPrinter):  # type: ignore[misc]
+    """Python without any function: roots are powers."""
+
+    def _print_Pow(self, expr: sympy.Expr, rational: bool = False) -> str:
+        made: str = super()._print_Pow(expr, rational=True)
+        return made
+
+
 def number(c: object) -> str:
-    """A coefficient as Python; its symbols are variables of the emitted function."""
+    """A coefficient as Python; its symbols are variables of the emitted function.
+
+    Raises:
+        EmitError: it is more than sums, products and powers of symbols and numbers.
+    """
     value = sympy.sympify(c)
     if any(
         not (part.is_Number or part.is_Symbol or part.is_Add or part.is_Mul or part.is_Pow) for part in _parts(value)
     ):
-        raise ScheduleError(f"the CPU target has no code for the coefficient {c}")
-    return str(value)
+        raise EmitError(f"the CPU target has no code for the coefficient {c}")
+    made: str = _Printer().doprint(value)
+    return made
 
 
 def _parts(value: sympy.Expr) -> Iterable[sympy.Expr]:
@@ -138,6 +177,7 @@ def column(k: int, wide: int, count: int) -> str:
 
 
 def group(value: Value, groups: tuple[int, int]) -> str:
+    """A value as a batch of matrices of as many axes as rows and as columns."""
     made = value.matrix(value.layout[: groups[0]], value.layout[groups[0] :])
     assert made is not None
     return made
@@ -156,9 +196,10 @@ def matrices(values: Sequence[Value], layout: Layout) -> tuple[str, str, tuple[i
 
 
 def einsum(values: Sequence[Value], layout: Layout) -> str:
+    """A sum of products as a call of einsum, for axes that do not lie as matrices."""
     names = dict(zip((*WIDTHS, *TOKENS, *FEATURES), "abcdijrstuv", strict=True))
     others = sorted({x for v in values for x in v.layout} - set(names))
-    names |= dict(zip(others, "mnopq", strict=False))
+    names |= dict(zip(others, "mnopqwxyz", strict=False))
     terms = ["".join(("h", *(names[x] for x in v.layout))) for v in values]
     return (
         f'torch.einsum("{",".join(terms)}->h{"".join(names[x] for x in layout)}", {", ".join(v.name for v in values)})'

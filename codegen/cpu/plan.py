@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 import sympy
 
-from polyattn.codegen.cpu.layout import Layout, Value, long, ordered
+from polyattn.codegen.cpu.layout import Layout, Value, large, long, ordered
+from polyattn.codegen.cpu.loops import Walk
 from polyattn.codegen.spec import FEATURES, TOKENS, WIDTHS, accumulates, letters
-from polyattn.errors import ScheduleError
+from polyattn.errors import EmitError
 from polyattn.rewriter.planning.plan import Node, walk
 
 SIDES = {"i": "q", "j": "k"}
@@ -33,7 +34,7 @@ def product(n: Node) -> Product:
     """A contraction, with weights taken out of a sum over tokens: Σ_i w_α φ_iα g_ib = w_α Σ_i φ_iα g_ib.
 
     Raises:
-        ScheduleError: two indices of one kind, or not one or two operands.
+        EmitError: two indices of one kind, or not one or two operands.
     """
     patterns, _ = n.attr
     kinds = {
@@ -42,7 +43,7 @@ def product(n: Node) -> Product:
         for p, kind in zip(pattern, a.axes, strict=True)
     }
     if len(set(kinds.values())) != len(kinds) or len(n.args) > 2:
-        raise ScheduleError(f"the CPU target has no code for the contraction {n.attr} of {n.args}")
+        raise EmitError(f"the CPU target has no code for the contraction {n.attr} of {n.args}")
     result = letters(n)
     if accumulates(n):
         for k, operand in enumerate(n.args):
@@ -77,7 +78,7 @@ def gradient(n: Node) -> Gradient | None:
     """What a contraction with a gather computes; None for other nodes.
 
     Raises:
-        ScheduleError: a gather that is used in any other way.
+        EmitError: a gather that is used in any other way.
     """
     gathers = [a for a in n.args if a.op == "gather"]
     if not gathers:
@@ -91,9 +92,7 @@ def gradient(n: Node) -> Gradient | None:
             if summed == set(letters(low)) & set(FEATURES) and set(letters(n)) <= {"a", *TOKENS}:
                 coefficients = (sympy.Integer(0), *(c / (m + 1) for m, c in enumerate(weights.attr)))
                 return Gradient(rows, low, coefficients)
-    raise ScheduleError(
-        f"{n}: the CPU target gathers only to multiply with weighted features of the degree below and sum"
-    )
+    raise EmitError(f"{n}: the CPU target gathers only to multiply with weighted features of the degree below and sum")
 
 
 def state_key(n: Node) -> object:
@@ -105,12 +104,11 @@ def state_key(n: Node) -> object:
 class Body:
     """One loop as it is written: its lines, what has a value, which memory is whose, and until when."""
 
-    readers: dict[Node, int] = field(default_factory=dict)
+    walk: Walk
     outputs: dict[Node, str] = field(default_factory=dict)
     chunked: bool = False
     degree: int = 0
-    own: str | None = None
-    """With a local window, the token that the loop walks; of the other one it reads neighbouring chunks as well."""
+    readers: dict[Node, int] = field(default_factory=dict)
     tallest: dict[Node, Node] = field(default_factory=dict)
     before: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
@@ -127,6 +125,7 @@ class Body:
         return base if count == 1 else f"{base}_{count}"
 
     def name(self, n: Node) -> str:
+        """A name for a tile that is not used yet in this loop."""
         return self.unused(self.base(n))
 
     def base(self, n: Node) -> str:
@@ -162,7 +161,7 @@ class Body:
         return stem + self._field(n)
 
     def _field(self, n: Node) -> str:
-        """Under a causal mask: whether a value comes from the chunk itself, from the others, or from both."""
+        """With chunks: whether a value comes from the chunk itself, from the others, or from both."""
         while n.op == "part":
             (n,) = n.args
         if not self.chunked or n.op == "sum":
@@ -177,6 +176,17 @@ class Body:
         """Whether a node is a matrix product that its only reader computes as its own first step."""
         return n.op == "contract" and not accumulates(n) and self.readers.get(n) == 1 and n not in self.outputs
 
+    def multiplied(self, n: Node) -> Node | None:
+        """The matrix product, read by nothing else, that a sum is computed together with: scores, of which it is a
+        multiple, and rows of a rule's features, to which it adds what differs between tokens or features only."""
+        if n.op != "sum" or len(n.args) > 2 or (n.tokens == 2) != (len(n.args) == 1):
+            return None
+        found = [a for a in n.args if len(a.axes) == len(n.axes)]
+        if len(found) != 1 or not self.absorbs(found[0]) or any(a.op in ("gather", "mask") for a in found[0].args):
+            return None
+        sums = set(letters(found[0])) != {x for a in found[0].args for x in letters(a)}
+        return found[0] if sums and large(ordered(letters(n))) else None
+
     def reads(self, n: Node) -> tuple[Node, ...]:
         """The nodes from whose values this target computes a node."""
         if accumulates(n):
@@ -187,11 +197,8 @@ class Body:
             return (*rows, *((found.low,) if found.low.attr > 0 else ()))
         if n.op == "features" and self.owner(n) is not n:
             return (self.owner(n),)
-        if n.op == "sum" and len(n.args) == 1 and n.tokens == 2 and self.absorbs(n.args[0]):
-            (inner,) = n.args
-            if set(letters(inner)) != {x for a in inner.args for x in letters(a)}:
-                return inner.args
-        return n.args
+        inner = self.multiplied(n)
+        return n.args if inner is None else (*inner.args, *(a for a in n.args if a is not inner))
 
     def dies(self, n: Node) -> bool:
         """Whether the present step is the last that reads the memory of a node."""

@@ -10,14 +10,15 @@ import sympy
 import torch
 
 from polyattn.codegen import tables
+from polyattn.codegen.cpu.draft import Draft
 from polyattn.codegen.cpu.emit import Writer
 from polyattn.codegen.cpu.fused import DTYPES, FLASH
-from polyattn.codegen.cpu.layout import RULE_SIZE, Layout, number, size
+from polyattn.codegen.cpu.layout import Layout, Sizes, number
 from polyattn.codegen.cpu.plan import state_key
 from polyattn.codegen.spec import QUERY_SIDE, TOKENS, KernelSpec, letters
 from polyattn.codegen.tables import Scalars
 from polyattn.codegen.target import Fused, Target
-from polyattn.errors import ScheduleError
+from polyattn.errors import EmitError, ScheduleError
 from polyattn.rewriter.algebra import monomials
 from polyattn.rewriter.algebra.monomials import Basis
 
@@ -77,28 +78,28 @@ def gradient(t, phi, spare, d, starts, views):
 
 
 @functools.cache
-def _written(spec: KernelSpec) -> Writer:
-    writer = Writer(spec)
-    writer.write()
-    return writer
+def _written(spec: KernelSpec) -> Writer | str:
+    """The loops of a specification, or why there is no code for it."""
+    try:
+        return Writer(spec)
+    except ScheduleError as error:
+        return str(error)
 
 
 @functools.cache
-def emit(spec: KernelSpec) -> str:
-    """A specification as an importable Python file; sizes are read from the tensors that its ``run`` is given.
-
-    Raises:
-        ScheduleError: a node of the plan that this target has no code for; the message says which.
-    """
+def _text(spec: KernelSpec) -> str:
     writer = _written(spec)
-    helpers = [text.strip("\n") for name, text in _HELPERS.items() if name in writer.helpers]
-    parts = [_header(spec, writer), _weights(writer), *helpers, _run(spec, writer)]
+    if isinstance(writer, str):
+        raise EmitError(writer)
+    helpers = [text.strip("\n") for name, text in _HELPERS.items() if name in writer.draft.helpers]
+    parts = [_header(spec, writer), _weights(writer.draft), *helpers, _run(spec, writer)]
     return "\n\n\n".join(parts) + "\n"
 
 
 def _header(spec: KernelSpec, writer: Writer) -> str:
     outputs = ", ".join(name for loop in spec.loops for name, _ in loop.stores) or "states"
-    family = f"degree {max(writer.ranks.values())}" if writer.ranks or spec.rule is None else spec.rule.title
+    degrees = writer.draft.ranks.values()
+    family = f"degree {max(degrees)}" if degrees else "no features" if spec.rule is None else spec.rule.title
     lines = [f'"""{spec.name} of low-rank attention, {family}, {spec.mask.title}: {outputs}.', ""]
     lines += [
         "Q [H, groups, n_q, d], G and O [H, groups, n_q, e], D [H, groups, n_q]; K [H, n_k, d], V [H, n_k, e]"
@@ -107,87 +108,70 @@ def _header(spec: KernelSpec, writer: Writer) -> str:
         "A block has T_k keys and T_q queries, those of all groups that share the keys.",
         "",
     ]
-    for loop in spec.loops:
-        walked = "chunks, last to first" if loop.descending else "chunks" if loop.axis is None else "blocks of "
-        walked += {"i": "queries", "j": "keys"}[loop.axis.letter] if loop.axis is not None else ""
-        sums = list(dict.fromkeys(writer.states[state_key(n)].name for n in loop.accumulate))
-        if spec.elsewhere:
-            walked = walked.replace("blocks", "chunks")
+    for loop, walked in zip(spec.loops, writer.walks, strict=True):
+        sums = list(dict.fromkeys(writer.draft.states[state_key(n)].name for n in loop.accumulate))
         made = [f"adds to {', '.join(sums)}"] * bool(sums)
         made += [f"writes {', '.join(name for name, _ in loop.stores)}"] * bool(loop.stores)
-        lines.append(f"- over {walked}: {' and '.join(made)}")
+        lines.append(f"- over {walked.title}: {' and '.join(made)}")
     cost = textwrap.fill(f"FLOPs per head: {spec.cost()}", 118, break_long_words=False)
     return "\n".join([*lines, "", cost, '"""', "", "import torch"])
 
 
-def _weights(writer: Writer) -> str:
-    symbols = sorted({s.name for key in writer.weights for c in key for s in sympy.sympify(c).free_symbols})
+def _weights(draft: Draft) -> str:
+    symbols = sorted({s.name for key in draft.weights for c in key for s in sympy.sympify(c).free_symbols})
     lines = [
         "def weights(scalars):",
         '    """Coefficients of the polynomials whose monomials\' weights ``run`` takes."""',
     ]
     lines += [f'    {s} = scalars["{s}"]' for s in symbols]
     lines.append("    return {")
-    for coefficients, name in writer.weights.items():
+    for coefficients, name in draft.weights.items():
         lines.append(f'        "{name}": ({", ".join(map(number, coefficients))},),')
     return "\n".join([*lines, "    }"])
 
 
 def _run(spec: KernelSpec, writer: Writer) -> str:
+    draft = writer.draft
     named = dict.fromkeys(("Q", "K", *spec.inputs))
     lines = [f"{', '.join(named)} = " + ", ".join(f'inputs["{name}"]' for name in named)]
     lines += ["H, groups, n_q, d = Q.shape", "n_k = K.shape[1]"]
     lines += [f"e = {name}.shape[-1]" for name in ("V", "G", "O") if name in named][:1]
     lines += [f"d_1 = {name}.shape[-1]" for name in ("QP", "KP") if name in named][:1]
-    lines += [
-        f"{RULE_SIZE} = {leaf.name}.shape[{1 + at}]"
-        for leaf in spec.leaves
-        for at, kind in enumerate(leaf.axes)
-        if kind.feature
-    ][:1]
-    lines += [f"{name} = ranks[{degree}]" for name, degree in sorted(writer.ranks.items())]
-    lines += [f'{name} = scalars["{name}"]' for name in sorted(writer.symbols)]
-    lines += [f'{name} = weights["{name}"]' for name in writer.weights.values()]
-    window = spec.elsewhere
-    most = "3 * block" if window else "block"
-    lines += [f"T_q, T_k = groups * min({most}, n_q), min({most}, n_k)", "T = max(T_q, T_k)", "views = {}"]
-    if window:
+    lines += [f"{name} = {source}" for name, source in draft.sizes.sources.items()]
+    lines += [f"{name} = ranks[{degree}]" for name, degree in sorted(draft.ranks.items())]
+    lines += [f'{name} = scalars["{name}"]' for name in sorted(draft.symbols)]
+    lines += [f'{name} = weights["{name}"]' for name in draft.weights.values()]
+    span = max((walked.span for walked in writer.walks), key=len)
+    lines += [f"T_q, T_k = groups * min({span}, n_q), min({span}, n_k)", "T = max(T_q, T_k)", "views = {}"]
+    kept = next((f"{walked.kept}, " for walked in writer.walks if walked.kept), "")
+    if kept:
         lines.append("chunks = (max(n_q, n_k) + block - 1) // block")
-    per = "chunks, " if window else ""
-    lines += [f"{v.name} = Q.new_zeros({per}{_sizes(v.layout)})" for v in writer.states.values()]
-    lines += [f"{name} = Q.new_empty({_sizes(layout)})" for name, layout in writer.memory.items()]
-    for value, fills in writer.stacks.values():
-        lines += [f"{value.name} = Q.new_empty({_sizes(value.layout)})", *fills]
+    lines += [f"{v.name} = Q.new_zeros({kept}{_sizes(v.layout, draft.sizes)})" for v in draft.states.values()]
+    lines += [f"{name} = Q.new_empty({_sizes(layout, draft.sizes)})" for name, layout in draft.memory.items()]
+    for value, fills in draft.stacks.values():
+        lines += [f"{value.name} = Q.new_empty({_sizes(value.layout, draft.sizes)})", *fills]
     for loop in spec.loops:
         for name, n in loop.stores:
             if n.tokens:
                 like = "*Q.shape[:3]" if name in QUERY_SIDE else "H, n_k"
-                widths = [size(x) for x in letters(n) if x not in TOKENS]
+                widths = [draft.sizes.of(x) for x in letters(n) if x not in TOKENS]
                 lines.append(f"{name} = Q.new_empty({', '.join([like, *widths])})")
     head = ["@torch.no_grad()", "def run(inputs, weights, starts, ranks, scalars, block):"]
     head.append(
         '    """Outputs by name; ``starts``: per degree, variables a and where those in variables ≥ a begin below."""'
     )
-    return "\n".join([*head, *("    " + line if line else "" for line in (*lines, "", *writer.loops))])
+    return "\n".join([*head, *("    " + line if line else "" for line in (*lines, "", *writer.lines))])
 
 
-def _sizes(layout: Layout) -> str:
-    return ", ".join(["H", *map(size, layout)])
+def _sizes(layout: Layout, sizes: Sizes) -> str:
+    return ", ".join(["H", *map(sizes.of, layout)])
 
 
-@functools.cache
-def _problem(spec: KernelSpec) -> str | None:
-    try:
-        _written(spec)
-    except ScheduleError as error:
-        return str(error)
-    return None
-
-
-class CPU(Target):
+class CPUTarget(Target):
     """Torch calls on tiles that stay in the cache."""
 
     name = "cpu"
+    added_masks = True
 
     def available(self, device: torch.device) -> bool:
         """CPUs."""
@@ -195,17 +179,29 @@ class CPU(Target):
 
     def unsupported(self, spec: KernelSpec) -> str | None:
         """See :meth:`Target.unsupported`; found by writing the loops, once."""
-        return _problem(spec)
+        writer = _written(spec)
+        return writer if isinstance(writer, str) else None
 
     def emit(self, spec: KernelSpec) -> str:
-        """See :func:`emit`."""
-        return emit(spec)
+        """An importable Python file; sizes are read from the tensors that its ``run`` is given."""
+        return _text(spec)
 
     def run(
         self, spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scalars: Scalars, basis: Basis, block: int
     ) -> dict[str, torch.Tensor]:
         """See :meth:`Target.run`."""
-        return run(spec, inputs, scalars, basis, block)
+        module, writer, sample = tables.module(f"cpu_{spec.name}", _text(spec)), _written(spec), inputs["Q"]
+        assert isinstance(writer, Writer)
+        weights = {
+            name: tables.weights(coefficients, basis, sample.dtype, sample.device)
+            for name, coefficients in module.weights(scalars).items()
+        }
+        varied = [name for name in writer.draft.symbols if isinstance(scalars[name], torch.Tensor)]
+        if varied:
+            raise ScheduleError(f"coefficients {varied} differ from head to head outside of weights of monomials")
+        ranks = [monomials.rank(basis.below(m)) for m in range(basis.degree + 1)]
+        made: dict[str, torch.Tensor] = module.run(inputs, weights, monomials.layout(basis), ranks, scalars, block)
+        return made
 
     def fused(self, q: torch.Tensor) -> Fused | None:
         """torch's flash kernel."""
@@ -216,18 +212,4 @@ class CPU(Target):
         return min(256, max(128, below // 4))
 
 
-def run(
-    spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scalars: Scalars, basis: Basis, block: int
-) -> dict[str, torch.Tensor]:
-    """Run a specification's emitted file; the arguments are those of :func:`polyattn.codegen.targets.run`."""
-    module, sample = tables.module(f"cpu_{spec.name}", emit(spec)), inputs["Q"]
-    weights = {
-        name: tables.weights(coefficients, basis, sample.dtype, sample.device)
-        for name, coefficients in module.weights(scalars).items()
-    }
-    varied = [name for name in _written(spec).symbols if isinstance(scalars[name], torch.Tensor)]
-    if varied:
-        raise ScheduleError(f"coefficients {varied} differ from head to head outside of weights of monomials")
-    ranks = [monomials.rank(basis.below(m)) for m in range(basis.degree + 1)]
-    made: dict[str, torch.Tensor] = module.run(inputs, weights, monomials.layout(basis), ranks, scalars, block)
-    return made
+CPU = CPUTarget()

@@ -14,7 +14,7 @@ import sympy
 
 from polyattn.codegen import spec
 from polyattn.codegen.spec import FEATURES, TOKENS, WIDTHS, accumulates, is_state
-from polyattn.errors import ScheduleError
+from polyattn.errors import EmitError
 from polyattn.rewriter.algebra.expr import Kind
 from polyattn.rewriter.planning.plan import Node, walk
 
@@ -65,7 +65,7 @@ class Scope:
         if letter in self.bindings:
             return self.bindings[letter]
         if self.parent is None:
-            raise ScheduleError(f"the axis {letter} is not bound here")
+            raise EmitError(f"the axis {letter} is not bound here")
         return self.parent.binding(letter)
 
 
@@ -138,7 +138,7 @@ class Kernel:
             return text
         if len(have) == 1 and len(want) == 2:
             return f"{text}[:, None]" if have[0] == want[0] else f"{text}[None, :]"
-        raise ScheduleError(f"a tile over {have} does not broadcast to {want}")
+        raise EmitError(f"a tile over {have} does not broadcast to {want}")
 
     def vector(self, letter: str, want: tuple[str, ...], scope: Scope, ok: bool = False) -> str:
         """The index (or its bounds check) of an axis, broadcast to the axes of a tile."""
@@ -197,7 +197,7 @@ class Kernel:
             return self._sum(n, axes, scope)
         if n.op == "contract":
             return self.contract(n, scope), "pairs" if len(set(axes) & set(TOKENS)) == 2 else "rows"
-        raise ScheduleError(f"no Triton code for {n.op} on its own")
+        raise EmitError(f"no Triton code for {n.op} on its own")
 
     def _input(self, n: Node, axes: tuple[str, ...], scope: Scope) -> tuple[str, str]:
         name = INPUT_NAMES.get(n.attr, n.attr.lower())
@@ -233,7 +233,7 @@ class Kernel:
         """Monomials: a product of columns of [x, 1], one per degree; the columns stand in a table."""
         source = n.args[0]
         if source.op != "input":
-            raise ScheduleError("features of anything but an input have no Triton code yet")
+            raise EmitError("features of anything but an input have no Triton code yet")
         token, feature = letters(n)
         base, _ = SIDES[token]
         degree = n.attr
@@ -277,7 +277,7 @@ class Kernel:
         """[V, 1] or [G, δ] side by side: the last column is a constant or one number per token."""
         widths, constants = n.attr
         if len(widths) != 2 or constants[0] is not None or not isinstance(widths[0], Kind):
-            raise ScheduleError("a stack of more than one matrix and one column has no Triton code yet")
+            raise EmitError("a stack of more than one matrix and one column has no Triton code yet")
         main = n.args[0]
         token = next(kind.letter for kind in n.axes if kind.token)
         last = self.vector("b̂", axes, scope)
@@ -294,7 +294,7 @@ class Kernel:
     def _part(self, n: Node, scope: Scope) -> tuple[str, str]:
         part, widths = n.attr
         if len(widths) != 2:
-            raise ScheduleError("a part of more than one matrix and one column has no Triton code yet")
+            raise EmitError("a part of more than one matrix and one column has no Triton code yet")
         stacked = n.args[0]
         text = self.emit(stacked, scope)
         axes = self.axes(stacked, scope)
@@ -333,7 +333,7 @@ class Kernel:
                 return f'tl.dot({left}, {right}, {acc}input_precision="ieee", out_dtype=ACC)'
         union = tuple(sorted({letter for _, axes in tiles for letter in axes}, key=ORDER.index))
         if len(union) > 2 or len(reduced) > 1:
-            raise ScheduleError(f"no Triton product of tiles over {[axes for _, axes in tiles]} to {want}")
+            raise EmitError(f"no Triton product of tiles over {[axes for _, axes in tiles]} to {want}")
         text = " * ".join(self.align(text, axes, union) for text, axes in tiles)
         for letter in reduced:
             text = f"tl.sum({text}, axis={union.index(letter)})"
@@ -344,14 +344,14 @@ def check_pattern(n: Node) -> None:
     """A contraction shares indices exactly where its arguments have axes of one kind.
 
     Raises:
-        ScheduleError: two indices of one kind in one product.
+        EmitError: two indices of one kind in one product.
     """
     patterns, result = n.attr
     names: dict[str, int] = {}
     for axes, pattern in [*((a.axes, p) for a, p in zip(n.args, patterns, strict=True)), (n.axes, result)]:
         for kind, number in zip(axes, pattern, strict=True):
             if names.setdefault(kind.letter, number) != number:
-                raise ScheduleError(f"two indices of the kind {kind.letter} in one product have no Triton code yet")
+                raise EmitError(f"two indices of the kind {kind.letter} in one product have no Triton code yet")
 
 
 def reduced_letters(n: Node) -> set[str]:

@@ -16,7 +16,7 @@ import sympy
 
 from polyattn.codegen.spec import FEATURES, TOKENS, KernelSpec, Loop
 from polyattn.codegen.triton.emit import NAMES, SIDES, Binding, Kernel, Scope, check_pattern, letters, reductions
-from polyattn.errors import ScheduleError
+from polyattn.errors import EmitError
 from polyattn.rewriter.planning.plan import Node, walk
 
 CONSTANTS = ("GROUPS", "HEAD_DIM", "VALUE_DIM", "BLOCK_I", "BLOCK_J", "BLOCK_R", "BLOCK_D", "BLOCK_E", "ACC")
@@ -111,7 +111,7 @@ class Writer:
         for n in found:
             check_pattern(n)
             if reductions(n.args, token, self.states):
-                raise ScheduleError(f"a sum over {token} whose terms need a loop of their own has no Triton code yet")
+                raise EmitError(f"a sum over {token} whose terms need a loop of their own has no Triton code yet")
         root.write("head = tl.program_id(1).to(tl.int64)")
         grid = "1"
         if rows in FEATURES:
@@ -217,7 +217,7 @@ class Writer:
         if axis in TOKENS:
             for n in found:
                 if not any(m.op == "mask" and m.attr == "near" for m in walk([n], self.states)):
-                    raise ScheduleError("a sum over the other tokens of a chunk without its mask")
+                    raise EmitError("a sum over the other tokens of a chunk without its mask")
             if axis == "j":  # keys up to the last query of this block
                 stop = "tl.minimum(tl.minimum((chunk + 1) * chunk_size, n_k), start + BLOCK_I)"
                 inner = self._tokens(kernel, root, "j", "chunk * chunk_size", stop)
@@ -246,7 +246,7 @@ class Writer:
         _, degree = gather.attr
         upper, lower = "α", next(letter for letter in letters(gather) if letter in FEATURES)
         if letters(gather.args[0])[-1] != upper or letters(factor)[-1] != lower:
-            raise ScheduleError("a selection of columns in an order that has no Triton code yet")
+            raise EmitError("a selection of columns in an order that has no Triton code yet")
         tile = kernel.emit(gather.args[0], scope)
         for slot in range(degree):
             index = kernel.name(NAMES[lower])

@@ -18,9 +18,10 @@ from polyattn.codegen.target import Fused, Target
 from polyattn.codegen.triton.emit import letters, rank_name
 from polyattn.codegen.triton.fused import kernel_for
 from polyattn.codegen.triton.kernels import CONSTANTS, Launch, Writer
-from polyattn.errors import ScheduleError
+from polyattn.errors import EmitError, ScheduleError
 from polyattn.rewriter.algebra import monomials
 from polyattn.rewriter.algebra.monomials import Basis
+from polyattn.rewriter.masks.mask import Sums
 
 MAX_GRID = 65535
 """Programs along the second axis of a CUDA grid."""
@@ -42,44 +43,39 @@ class Emitted:
 
 
 @functools.cache
-def unsupported(spec: KernelSpec) -> str | None:
-    """Why there is no Triton code for a specification; None where there is. Found by writing it, once."""
-    nodes = [n for loop in spec.loops for n in (*loop.tiles, *loop.accumulate)]
-    if spec.rule is not None and any(kind.feature for n in nodes for kind in n.axes):
-        return f"{spec.rule.title} have no Triton code yet"
-    if spec.elsewhere:
-        return "an exact band without a mask has no Triton code yet"
+def _written(spec: KernelSpec) -> Emitted | str:
+    """The file of a specification: a kernel for each loop's states and outputs, and ``run``, which launches them; or
+    why there is no code."""
+    for n in (n for loop in spec.loops for n in (*loop.tiles, *loop.accumulate)):
+        own = next((kind for kind in n.axes if kind.feature), None)
+        if own is not None:
+            title = f"features of the axis {own.letter}" if spec.rule is None else spec.rule.title
+            return f"{title} have no Triton code yet"
+    if spec.mask.sums is Sums.ELSEWHERE:
+        return f"an exact {spec.mask.name} has no Triton code yet"
+    writer = Writer(spec)
     try:
-        _written(spec)
+        writer.write()
     except ScheduleError as error:
         return str(error)
-    return None
-
-
-@functools.cache
-def _written(spec: KernelSpec) -> Writer:
-    writer = Writer(spec)
-    writer.write()
     for name, n in spec.states:
         if n not in writer.states:
-            raise ScheduleError(f"the state {name} that is to be returned is no sum over tokens")
-    return writer
-
-
-@functools.cache
-def emit(spec: KernelSpec) -> Emitted:
-    """The Triton file of a specification: one kernel per loop's states and outputs, and ``run``, which launches them.
-
-    Raises:
-        ScheduleError: a node of the plan has no Triton code; the message says which.
-    """
-    reason = unsupported(spec)
-    if reason is not None:
-        raise ScheduleError(reason)
-    writer = _written(spec)
+            return f"the state {name} that is to be returned is no sum over tokens"
     weights = {name: coefficients for coefficients, name in writer.weights.items()}
     text = "\n\n".join([_header(spec, writer), *(launch.text for launch in writer.launches), _run_text(spec, writer)])
     return Emitted(text, tuple(writer.launches), weights, tuple(writer.numbers), writer.degree)
+
+
+def emitted(spec: KernelSpec) -> Emitted:
+    """The file of a specification, and what its launcher must be given.
+
+    Raises:
+        EmitError: there is no Triton code for it; the message says why.
+    """
+    made = _written(spec)
+    if isinstance(made, str):
+        raise EmitError(made)
+    return made
 
 
 def _header(spec: KernelSpec, writer: Writer) -> str:
@@ -140,17 +136,17 @@ def _run_text(spec: KernelSpec, writer: Writer) -> str:
 
 
 def _module(spec: KernelSpec) -> ModuleType:
-    return tables.module(f"triton_{spec.name}", emit(spec).text)
+    return tables.module(f"triton_{spec.name}", emitted(spec).text)
 
 
-def available(device: torch.device) -> bool:
-    """Whether kernels can run on this device: a GPU with Triton, or any device under Triton's interpreter."""
+def interpreted() -> bool:
+    """Whether Triton interprets kernels in this process, on any device (TRITON_INTERPRET=1)."""
     try:
         import triton
     except ImportError:
         return False
-    interpreted = getattr(getattr(triton, "knobs", None), "runtime", None)
-    return device.type == "cuda" or bool(interpreted and interpreted.interpret)
+    knobs = getattr(getattr(triton, "knobs", None), "runtime", None)
+    return bool(knobs and knobs.interpret)
 
 
 @functools.lru_cache(maxsize=64)
@@ -169,7 +165,7 @@ def _number_table(values: tuple[float, ...], dtype: torch.dtype, device: torch.d
     return torch.tensor(values, dtype=dtype, device=device)
 
 
-class Triton(Target):
+class TritonTarget(Target):
     """Triton kernels on GPUs."""
 
     name = "triton"
@@ -180,18 +176,47 @@ class Triton(Target):
         return device.type == "cuda"
 
     def unsupported(self, spec: KernelSpec) -> str | None:
-        """See :func:`unsupported`."""
-        return unsupported(spec)
+        """See :meth:`Target.unsupported`; found by writing the kernels, once."""
+        made = _written(spec)
+        return made if isinstance(made, str) else None
 
     def emit(self, spec: KernelSpec) -> str:
-        """See :func:`emit`."""
-        return emit(spec).text
+        """See :meth:`Target.emit`."""
+        return emitted(spec).text
 
     def run(
-        self, spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scalars: Scalars, basis: Basis, block: int
+        self,
+        spec: KernelSpec,
+        inputs: Mapping[str, torch.Tensor],
+        scalars: Scalars,
+        basis: Basis,
+        block: int,
+        blocks: tuple[int, int, int] = (BLOCK_TOKENS, BLOCK_TOKENS, BLOCK_RANK),
     ) -> dict[str, torch.Tensor]:
-        """See :meth:`Target.run`."""
-        return run(spec, inputs, scalars, basis, block)
+        """See :meth:`Target.run`.
+
+        Args:
+            blocks: queries, keys and features per tile, powers of two from 16 on.
+        """
+        import triton.language as tl
+
+        file = emitted(spec)
+        inputs = {name: x.contiguous() for name, x in inputs.items()}
+        sample = inputs["Q"]
+        dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
+
+        given = dict(_constant_tables(basis.below(file.degree), sample.device))
+        for name, coefficients in file.weights.items():
+            values = [tables.value(c, scalars) for c in coefficients]
+            given[name] = tables.weights(values, basis, dtype, sample.device)
+            given[name] = given[name].expand(len(sample), -1).contiguous()
+        numbers = tuple(tables.number(c, scalars) for c in file.numbers)
+        given["NUMBERS"] = _number_table(numbers or (0.0,), dtype, sample.device)
+        degree = file.degree
+        ranks = {rank_name(FEATURES[low]): monomials.rank(basis.below(degree - low)) for low in range(degree + 1)}
+        acc = tl.float64 if dtype == torch.float64 else tl.float32
+        made: dict[str, torch.Tensor] = _module(spec).run(inputs, given, ranks, block, blocks, acc, dtype)
+        return made
 
     def fused(self, q: torch.Tensor) -> Fused | None:
         """torch's memory-efficient kernel, once it has reproduced a reference on the device."""
@@ -202,37 +227,7 @@ class Triton(Target):
         return max(1, MAX_GRID // groups)
 
 
-def run(
-    spec: KernelSpec,
-    inputs: Mapping[str, torch.Tensor],
-    scalars: Scalars,
-    basis: Basis,
-    block: int,
-    blocks: tuple[int, int, int] = (BLOCK_TOKENS, BLOCK_TOKENS, BLOCK_RANK),
-) -> dict[str, torch.Tensor]:
-    """Run a specification's Triton kernels; the arguments are those of :func:`polyattn.codegen.targets.run`.
-
-    ``blocks`` are queries, keys and features per tile, powers of two from 16 on.
-    """
-    import triton.language as tl
-
-    emitted = emit(spec)
-    inputs = {name: x.contiguous() for name, x in inputs.items()}
-    sample = inputs["Q"]
-    dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
-
-    given = dict(_constant_tables(basis.below(emitted.degree), sample.device))
-    for name, coefficients in emitted.weights.items():
-        values = [tables.value(c, scalars) for c in coefficients]
-        given[name] = tables.weights(values, basis, dtype, sample.device)
-        given[name] = given[name].expand(len(sample), -1).contiguous()
-    numbers = tuple(tables.number(c, scalars) for c in emitted.numbers)
-    given["NUMBERS"] = _number_table(numbers or (0.0,), dtype, sample.device)
-    degree = emitted.degree
-    ranks = {rank_name(FEATURES[low]): monomials.rank(basis.below(degree - low)) for low in range(degree + 1)}
-    acc = tl.float64 if dtype == torch.float64 else tl.float32
-    made: dict[str, torch.Tensor] = _module(spec).run(inputs, given, ranks, block, blocks, acc, dtype)
-    return made
+TRITON = TritonTarget()
 
 
 def compile_offline(spec: KernelSpec, d: int, e: int, capability: int = 90, dtype: str = "fp32") -> dict[str, Any]:
@@ -257,7 +252,7 @@ def compile_offline(spec: KernelSpec, d: int, e: int, capability: int = 90, dtyp
         "BLOCK_E": max(16, triton.next_power_of_2(e + 1)),
         "ACC": tl.float32 if dtype == "fp32" else tl.float64,
     }
-    for launch in emit(spec).launches:
+    for launch in emitted(spec).launches:
         signature = {}
         for argument in launch.arguments:
             if argument in CONSTANTS:

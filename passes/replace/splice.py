@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from polyattn.codegen import targets
 from polyattn.passes.match.axes import packet, same_sizes, shape
 from polyattn.passes.match.bias import attn_mask, place
 from polyattn.passes.match.site import Operand, Site
@@ -143,8 +144,9 @@ def _in_dtype(write: SizedWriter, mask: fx.Node, site: Site) -> fx.Node:
     dtype = site.cast or site.q.value.dtype
     given = functools.reduce(torch.promote_types, (term.node.meta["val"].dtype for term in site.terms if term.added))
     if given.is_floating_point and torch.finfo(given).max > torch.finfo(dtype).max:
-        # On a CPU float32 is taken beside half precision, except by autocast and with dropout, which cast it.
-        if dtype.itemsize == 2 and site.q.value.device.type == "cpu" and site.cast is None and not site.dropout:
+        # Where float32 is taken beside half precision, autocast and dropout cast it all the same.
+        wide = targets.of_device(site.q.value.device).added_masks
+        if dtype.itemsize == 2 and wide and site.cast is None and not site.dropout:
             dtype = torch.float32
         limits = torch.finfo(dtype)
         if torch.finfo(given).max > limits.max:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from polyattn.codegen import targets
 from polyattn.passes.match.axes import packet
 from polyattn.passes.match.site import Site
 from polyattn.passes.prepare.normalize import checkpoint_body, mutated_arguments, roots
@@ -84,7 +85,7 @@ def stays(site: Site, needs: Collection[fx.Node] | None) -> str:
     Args:
         needs: what :func:`needing` found; None where there is no such operator.
     """
-    device = site.q.value.device.type
+    device = site.q.value.device
     if needs is None:
         return "where an added mask hides a whole row, the backward of torch's fused attention differs from softmax's"
     if site.dropout:
@@ -93,10 +94,10 @@ def stays(site: Site, needs: Collection[fx.Node] | None) -> str:
         return "the bias needs a gradient, which torch's fused attention forms as a matrix of all scores"
     if _written_later(site):
         return "the mask is changed in place later, and the backward would need it as it is now"
-    if device != "cpu":
+    if not targets.of_device(device).added_masks:
         return (
             "where an added mask hides a whole row, the backward of torch's fused attention differs from softmax's; "
-            f"such rows are computed apart on CPUs, which is not verified on {device}"
+            f"such rows are computed apart on CPUs, which is not verified on {device.type}"
         )
     return ""
 

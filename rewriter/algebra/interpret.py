@@ -54,7 +54,11 @@ class Interpreter:
         return {name: self.expr(expr) for name, expr in program.outputs.items()}
 
     def coefficient(self, value: sympy.Expr) -> torch.Tensor | float:
-        """A coefficient as a number, or as a 0-d tensor where a scalar is one."""
+        """A coefficient as a number, or as a 0-d tensor where a scalar is one.
+
+        Raises:
+            RewriteError: it holds a root or a negative power of a scalar, which no trace lifts again.
+        """
         if not value.free_symbols:
             return float(value)
         total: torch.Tensor | float = 0.0
@@ -62,6 +66,10 @@ class Interpreter:
             product: torch.Tensor | float = 1.0
             for part in sympy.Mul.make_args(summand):
                 base, exponent = part.as_base_exp()
+                if part.free_symbols and not (exponent.is_Integer and exponent >= 0):
+                    raise RewriteError(f"the coefficient {value} is no polynomial of scalars")
+                if not part.free_symbols:
+                    base, exponent = part, 1
                 known = self.scalars[base.name] if isinstance(base, sympy.Symbol) else float(base)
                 for _ in range(int(exponent)):
                     product = known * product if not (isinstance(product, float) and product == 1.0) else known

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from operands import spec_inputs
 from rules import kernels
 
-from polyattn.codegen.cpu import target as cpu_target
+from polyattn.codegen.cpu.target import CPU
 from polyattn.codegen.evaluate import Evaluation
-from polyattn.codegen.triton import target as triton_target
+from polyattn.codegen.triton.target import TRITON
 from polyattn.errors import ScheduleError
 from polyattn.passes.derive.forms import softmax
 from polyattn.passes.derive.inspection import derivation
@@ -67,7 +67,7 @@ def check(x: Inputs, degree: int | None, gradient: str, chunk: int, weighted: bo
         {"s": S, **({} if degree is None else PolynomialRule(degree).values)},
     )
     names = tuple(name for name in wanted if name != "O")
-    for run in (lambda *args: Evaluation(*args).run(), cpu_target.run):
+    for run in (lambda *args: Evaluation(*args).run(), CPU.run):
         found = run(made.forward, x, scalars, basis, chunk)
         got = {**found, **run(made.backward(names), {**x, **found}, scalars, basis, chunk)}
         for name, value in wanted.items():
@@ -103,9 +103,9 @@ def test_some_gradients_only() -> None:
     x = operands(2, 41, 41)
     made, wanted = kernels(False, 2, "consistent", True, window=True), dense(x, 2, "consistent", 8, True)
     scalars = {"s": S, **PolynomialRule(2).values}
-    found = cpu_target.run(made.forward, x, scalars, full(4, 2), 8)
+    found = CPU.run(made.forward, x, scalars, full(4, 2), 8)
     for names in (("dQ",), ("dK", "dB"), ("dV",)):
-        got = cpu_target.run(made.backward(names), {**x, **found}, scalars, full(4, 2), 8)
+        got = CPU.run(made.backward(names), {**x, **found}, scalars, full(4, 2), 8)
         assert set(got) == set(names)
         for name in names:
             torch.testing.assert_close(got[name], wanted[name])
@@ -126,5 +126,5 @@ def test_the_derivation_says_what_stays_exact() -> None:
 
 
 def test_triton_has_no_code_for_it_yet() -> None:
-    with pytest.raises(ScheduleError, match="band"):
-        triton_target.emit(kernels(False, 2, "consistent", window=True).forward)
+    with pytest.raises(ScheduleError, match="an exact local window has no Triton code yet"):
+        TRITON.emit(kernels(False, 2, "consistent", window=True).forward)

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rules import kernels
 
-from polyattn.codegen.cpu import target as cpu_target
+from polyattn.codegen.cpu.target import CPU
 from polyattn.codegen.evaluate import Evaluation
-from polyattn.codegen.triton import target as triton_target
+from polyattn.codegen.triton.target import TRITON
 from polyattn.errors import ScheduleError
 from polyattn.rewriter.algebra.monomials import full
 
@@ -120,13 +120,13 @@ def test_emitted_cpu_code_equals_evaluate(
     names = ("dQ", "dK", "dV", *(["dB"] if weighted else []))
     forward = Evaluation(made.forward, x, {"s": S}, full(5, 0), block).run()
     given_ = {**x, "O": forward["O"], "D": forward["D"]}
-    pairs = [(forward, cpu_target.run(made.forward, x, {"s": S}, full(5, 0), block))]
+    pairs = [(forward, CPU.run(made.forward, x, {"s": S}, full(5, 0), block))]
     for wanted in (names, ("dQ",), ("dK", "dV")):
         spec = made.backward(wanted)
         pairs.append(
             (
                 Evaluation(spec, given_, {"s": S}, full(5, 0), block).run(),
-                cpu_target.run(spec, given_, {"s": S}, full(5, 0), block),
+                CPU.run(spec, given_, {"s": S}, full(5, 0), block),
             )
         )
     for want, got in pairs:
@@ -137,4 +137,4 @@ def test_emitted_cpu_code_equals_evaluate(
 
 def test_what_has_no_code_yet_says_so() -> None:
     with pytest.raises(ScheduleError, match="skeleton features have no Triton code yet"):
-        triton_target.emit(kernels(False, None, "consistent").forward)
+        TRITON.emit(kernels(False, None, "consistent").forward)

@@ -21,7 +21,7 @@ from rules import kernels
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from polyattn.codegen import tables
-from polyattn.codegen.cpu import target as cpu_target
+from polyattn.codegen.cpu.target import CPU
 from polyattn.codegen.evaluate import Evaluation
 from polyattn.codegen.schedule import schedule
 from polyattn.codegen.spec import KernelSpec
@@ -42,7 +42,7 @@ def both(spec: KernelSpec, x: Mapping[str, torch.Tensor], degree: int, block: in
     """What evaluate and the emitted file make of a specification."""
     scalars = {"s": 0.3, **PolynomialRule(degree).values}
     basis = monomials.full(x["Q"].shape[-1], degree)
-    return Evaluation(spec, x, scalars, basis, block).run(), cpu_target.run(spec, x, scalars, basis, block)
+    return Evaluation(spec, x, scalars, basis, block).run(), CPU.run(spec, x, scalars, basis, block)
 
 
 def agree(wanted: Inputs, got: Inputs, tolerance: float = 1e-11) -> None:
@@ -164,7 +164,7 @@ def test_inputs_that_are_views_and_require_gradients() -> None:
     wide = {name: torch.stack([value, value], -1)[..., 0].requires_grad_() for name, value in x.items()}
     scalars = {"s": 0.3, **PolynomialRule(2).values}
     spec = kernels(True, 2, "consistent").forward
-    made = cpu_target.run(spec, wide, scalars, monomials.full(4, 2), 8)
+    made = CPU.run(spec, wide, scalars, monomials.full(4, 2), 8)
     assert not made["O"].requires_grad
     agree(Evaluation(spec, x, scalars, monomials.full(4, 2), 8).run(), made)
 
@@ -174,7 +174,7 @@ def test_a_future_key_whose_score_overflows_is_not_seen() -> None:
     x["K"][:, -1] = 1e4
     x["Q"][:, :, :-1] = x["Q"][:, :, :-1].abs() + 1
     scalars = {"s": 1.0, **PolynomialRule(2).values}
-    out = cpu_target.run(kernels(True, 2, "consistent").forward, x, scalars, monomials.full(3, 2), 12)["O"]
+    out = CPU.run(kernels(True, 2, "consistent").forward, x, scalars, monomials.full(3, 2), 12)["O"]
     assert bool(out[:, :, :-1].isfinite().all())
 
 
@@ -205,18 +205,18 @@ def test_no_tensor_grows_with_the_square_of_tokens_or_with_tokens_and_rank(
     limit = max(n * (d + 1), monomials.rank(monomials.full(d, degree)) * max(block, d + 1) * (d + 1))
     assert limit < n * monomials.rank(monomials.full(d, degree))
     with Largest() as seen:
-        out = cpu_target.run(made.forward, x, scalars, monomials.full(d, degree), block)
-        cpu_target.run(made.backward(ALL), {**x, **out}, scalars, monomials.full(d, degree), block)
+        out = CPU.run(made.forward, x, scalars, monomials.full(d, degree), block)
+        CPU.run(made.backward(ALL), {**x, **out}, scalars, monomials.full(d, degree), block)
     assert n <= seen.elements <= limit
 
 
 def test_a_state_is_kept_once_for_sums_that_differ_in_weights() -> None:
-    text = cpu_target.emit(kernels(True, 2, "consistent").backward(ALL))
+    text = CPU.emit(kernels(True, 2, "consistent").backward(ALL))
     assert text.count("new_zeros") == 2
 
 
 def test_low_degrees_are_a_prefix_of_the_high_ones() -> None:
-    text = cpu_target.emit(kernels(False, 3, "consistent").backward(("dK", "dV")))
+    text = CPU.emit(kernels(False, 3, "consistent").backward(("dK", "dV")))
     assert "phi_k_2 = phi_k[:, :r_1]" in text
 
 
@@ -226,7 +226,7 @@ def test_low_degrees_are_a_prefix_of_the_high_ones() -> None:
 def test_the_text_is_a_file_of_its_own(causal: bool, degree: int, gradient: str) -> None:
     made = kernels(causal, degree, gradient)
     for spec in (made.forward, made.backward(ALL)):
-        text = cpu_target.emit(spec)
+        text = CPU.emit(spec)
         module: dict[str, Any] = {}
         exec(compile(text, "emitted", "exec"), module)
         assert callable(module["run"])
@@ -264,7 +264,7 @@ def test_nested_monomials_with_coefficients_of_each_head(widths: tuple[int, ...]
         a = a * (i <= i[:, None])
     out = a / a.sum(-1, keepdim=True) @ leaves["V"][:, None]
     wanted = dict(zip("QKV", torch.autograd.grad(out, list(leaves.values()), x["G"]), strict=True))
-    for run in (lambda *args: Evaluation(*args).run(), cpu_target.run):
+    for run in (lambda *args: Evaluation(*args).run(), CPU.run):
         found = run(made.forward, x, scalars, basis, 8)
         torch.testing.assert_close(found["O"], out, rtol=0, atol=1e-9 * float(out.detach().abs().max().clamp_min(1)))
         got = run(made.backward(ALL), {**x, **found}, scalars, basis, 8)
@@ -282,7 +282,7 @@ def test_tracebacks_show_the_emitted_lines() -> None:
     x = spec_inputs(3, 3, 9, 9)
     x["V"] = x["V"][:, :5]
     with pytest.raises(RuntimeError) as caught:
-        cpu_target.run(
+        CPU.run(
             kernels(False, 2, "consistent").forward, x, {"s": 1.0, **PolynomialRule(2).values}, monomials.full(3, 2), 4
         )
     assert "v_hat[:, :, :-1] = v" in "".join(traceback.format_exception(caught.value))
@@ -294,38 +294,38 @@ def test_a_gather_without_features_is_refused() -> None:
     doubled = node("sum", (gather,), gather.axes, ((2,), ((0, 1, 2),)))
     total = node("contract", (doubled,), (KEY, HEAD), (((0, 1, 2),), (0, 2)))
     with pytest.raises(ScheduleError, match="gathers only to multiply with weighted features"):
-        cpu_target.emit(schedule("odd", {"dK": total}))
+        CPU.emit(schedule("odd", {"dK": total}))
 
 
 @masks
 def test_emitted_files(causal: bool, golden: Callable[..., None]) -> None:
     made, mask = kernels(causal, 2, "consistent"), "causal" if causal else "full"
-    golden(f"cpu/forward-{mask}.py.txt", cpu_target.emit(made.forward))
-    golden(f"cpu/backward-{mask}.py.txt", cpu_target.emit(made.backward(ALL)))
+    golden(f"cpu/forward-{mask}.py.txt", CPU.emit(made.forward))
+    golden(f"cpu/backward-{mask}.py.txt", CPU.emit(made.backward(ALL)))
 
 
 def test_emitted_substituted_file(golden: Callable[..., None]) -> None:
     spec = kernels(False, 2, "substituted").backward(ALL)
-    golden("cpu/backward-full-substituted.py.txt", cpu_target.emit(spec))
+    golden("cpu/backward-full-substituted.py.txt", CPU.emit(spec))
 
 
-SUPPORT = Path(__file__).parents[1] / "support"
+SUPPORT = Path(__file__).parents[2] / "support"
 
 
 def test_the_text_does_not_depend_on_what_was_derived_before() -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(SUPPORT)!r})\n"
         "from rules import kernels\n"
-        "from polyattn.codegen.cpu import target as cpu_target\n"
+        "from polyattn.codegen.cpu.target import CPU\n"
         "kernels(True, 3, 'substituted'), kernels(False, 1, 'consistent').backward(('dV',))\n"
         "for causal in (True, False):\n"
         "    for gradient in ('substituted', 'consistent'):\n"
-        "        print(cpu_target.emit(kernels(causal, 2, gradient).backward(('dQ', 'dK', 'dV'))), end='')\n"
+        "        print(CPU.emit(kernels(causal, 2, gradient).backward(('dQ', 'dK', 'dV'))), end='')\n"
     )
     env = {**os.environ, "PYTHONHASHSEED": "7"}
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout
     here = [
-        cpu_target.emit(kernels(causal, 2, gradient).backward(ALL))
+        CPU.emit(kernels(causal, 2, gradient).backward(ALL))
         for causal in (True, False)
         for gradient in ("substituted", "consistent")
     ]
