@@ -57,7 +57,7 @@ def fitted(degree: int, **more: Any) -> dict[str, Any]:
 
 
 SCHEMES = (
-    Scheme("Taylor 2, no shift", {"degree": 2, "shift": False}),
+    Scheme("Taylor 2, not centred", {"degree": 2, "centring": False}),
     Scheme("Taylor 2", {"degree": 2}),
     Scheme("minimax 2", {"degree": 2, "polynomial": "minimax"}),
     Scheme("least squares 2", fitted(2), gradients=6),
@@ -66,11 +66,12 @@ SCHEMES = (
     Scheme("nested 4, at most 561", fitted(4, rank=561)),
     Scheme("nested 4, at most 1,600", NESTED, every=2, gradients=6),
     Scheme("skeleton 256", skeleton(256)),
-    Scheme("skeleton 256, 128 heavy keys", skeleton(256, heavy_keys=128)),
+    Scheme("random 256", {"features": "random", "rank": 256}),
+    Scheme("skeleton 256, 128 outlier keys", skeleton(256, outlier_keys=128)),
     Scheme("skeleton 512", skeleton(512), gradients=3),
     Scheme("skeleton 1,024", skeleton(1024), every=2, gradients=6),
-    Scheme("skeleton 512, near field 8 to 15", skeleton(512, near_field=64), every=3, near=True),
-    Scheme("skeleton 512, near field 16 to 31", skeleton(512, near_field=128), every=3, near=True, gradients=6),
+    Scheme("skeleton 512, near field 8 to 15", skeleton(512, local_window=64), every=3, near=True),
+    Scheme("skeleton 512, near field 16 to 31", skeleton(512, local_window=128), every=3, near=True, gradients=6),
     Scheme("mean pooling", reference="mean_pooling"),
     Scheme("FAVOR+ 512", reference="favor_plus", rank=512, every=2),
     Scheme("Nyströmformer 512", reference="nystrom_iterated", rank=512, every=2),
@@ -113,7 +114,7 @@ def approximate(scheme: Scheme, layer: Heads, causal: bool = False) -> torch.Ten
 
     q, k, v = layer
     if scheme.reference:
-        # the key shift changes exact attention by nothing and helps those that sample or expand exp
+        # centring the keys changes exact attention by nothing and helps those that sample or expand exp
         moved = k - k.mean(2, keepdim=True)
         made = REFERENCES[scheme.reference](
             q[0], moved[0], v[0], q.shape[-1] ** -0.5, scheme.rank, torch.Generator().manual_seed(0)

@@ -78,9 +78,9 @@ def write(
         "Mean pooling has a relative error of 1 by definition. Seconds per head are those of a first forward, with the "
         "fit, which is kept; what takes long is measured on some of the 72 heads. *Nested* and *least squares* are "
         "polynomials fitted to a head, *near field* keeps keys exact that are at least and at most so many positions "
-        "away in the window, in every window; *heavy keys* are those of largest norm, computed exactly. FAVOR+, "
+        "away in the window, in every window; *outlier keys* are those of largest norm, computed exactly. FAVOR+, "
         "Nyströmformer and tensor sketch are plain implementations of "
-        "other methods (benchmarks/references.py) with the key shift and one seed; the truncated SVD of the softmax "
+        "other methods (benchmarks/references.py) with centred keys and one seed; the truncated SVD of the softmax "
         "matrix is the limit of what any matrix of that rank can do in Frobenius norm.",
         "",
         *shares(table["encoder"]),

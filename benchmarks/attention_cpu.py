@@ -1,7 +1,7 @@
 """Low-rank attention against torch's fused exact kernel on the CPU, forward and backward, by causal chunk length.
 
 Prints a Markdown table for docs/performance.md. Every row is behind a gate: the emitted code must give what
-``evaluate`` gives, which defines what a specification means. Queries and keys are shifted, as by default; skeleton
+``evaluate`` gives, which defines what a specification means. Queries and keys are centred, as by default; skeleton
 features have been fitted before. Runs are interleaved; medians of five.
 """
 

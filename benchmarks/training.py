@@ -263,7 +263,7 @@ def page(runs: dict[str, Run], image: str, steps: int, threads: int, minutes: fl
         "were fitted (the more often fitted layer). And what later bytes "
         "are worth: the rise of the loss of the first halves of the windows held out when each second half is "
         "replaced by that of another window. Exact causal attention has 0 there. The means that queries and keys are "
-        'shifted by are taken of the whole call (`causal_stats="call"`), so that an output depends on later tokens '
+        'centred by are taken of the whole call (`causal_stats="call"`), so that an output depends on later tokens '
         "by as much as the approximation is off, and training can learn to use that.",
         "",
         "| attention in training | error, first call | error, last audit | fits | worth of later bytes |",

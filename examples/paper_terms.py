@@ -16,8 +16,9 @@ from paper_gradients import relative
 from polyattn.passes.derive.derive import Step, derive, exact
 from polyattn.passes.derive.forms import FORMS, PAPER
 from polyattn.rewriter.algebra import expr as ir
-from polyattn.rewriter.algebra.expr import Def, Expr, Factor, Program, Tensor
+from polyattn.rewriter.algebra.expr import Def, Expr, Factor, Tensor
 from polyattn.rewriter.algebra.interpret import Interpreter
+from polyattn.rewriter.algebra.programs import Program
 from polyattn.rewriter.families.polynomial.rule import PolynomialRule
 
 TERMS = (

@@ -15,7 +15,7 @@ from polyattn.errors import OptionValueError, UnknownOptionError
 log = logging.getLogger("polyattn")
 
 Policy = Literal["auto", "low_rank", "exact"]
-Features = Literal["auto", "polynomial", "skeleton"]
+Features = Literal["auto", "polynomial", "skeleton", "random"]
 Gradient = Literal["auto", "consistent", "substituted"]
 Inner = Literal["inductor", "eager"]
 Polynomial = Literal["taylor", "minimax", "least_squares"]
@@ -43,8 +43,9 @@ class Options:
     """``auto``: low rank where it is cheaper and an audit holds; ``low_rank``: always; ``exact``: only fuse."""
     features: Features = "auto"
     """Family of feature maps in place of exp. ``polynomial``: monomials of queries and keys, for small logits;
-    ``skeleton``: exponentials of landmarks that are fitted to a head at its first call and kept (math.md §2); ``auto``
-    means ``polynomial``."""
+    ``skeleton``: exponentials of landmarks that are fitted to a head at its first call and kept (math.md §2);
+    ``random``: positive random features (FAVOR+), drawn for each head at its first call; ``auto`` means
+    ``polynomial``."""
     degree: int | None = None
     """Degree of the polynomial in place of exp, 1 to 4; None means 2."""
     polynomial: Polynomial = "taylor"
@@ -53,6 +54,7 @@ class Options:
     head at its first call and kept (math.md §4)."""
     rank: int | None = None
     """Features of a query or key, at most. Skeleton features: the number of landmarks, 8 to 2048; None means 512.
+    Random features: 8 to 4096; None means 256.
     Polynomials: monomials of the higher degrees are taken in the leading directions of a head only, in coordinates that
     are fitted at its first call (nested form, math.md §3); None: all monomials, C(d + degree, degree)."""
     centring: bool = True
@@ -177,6 +179,11 @@ class Options:
         return cls(**json.loads(key))
 
 
+FIT_FIELDS = (
+    "features", "degree", "polynomial", "rank", "centring", "causal_stats", "local_window", "causal_chunk",
+    "outlier_keys", "exact_keys",
+)  # fmt: skip
+"""Options that what is fitted to a head depends on."""
 RENAMED = {"heavy_keys": "outlier_keys", "near_field": "local_window", "shift": "centring"}
 """Options that had another name before: the old one still works, and a note is logged."""
 

@@ -74,10 +74,16 @@ class SitePlan:
     centring: Centring = "none"
     outliers: OutlierKeys = field(default_factory=OutlierKeys)
     projection: ProjectionRanks = field(default_factory=ProjectionRanks)
+    padding: bool = False
+    """Whether a call says which keys take part (key padding), for each batch element; others have the factor 0."""
 
     @classmethod
-    def of(cls, options: Options, causal: bool, scale: float, d: int, device: str) -> SitePlan:
-        """The plan of a site with queries of width ``d`` on a device (its type, such as ``cpu``)."""
+    def of(cls, options: Options, causal: bool, scale: float, d: int, device: str, padding: bool = False) -> SitePlan:
+        """The plan of a site with queries of width ``d`` on a device (its type, such as ``cpu``).
+
+        Args:
+            padding: whether calls say which keys take part.
+        """
         family = family_class(options.features).of(options)
         mask = CAUSAL if causal else NONE if options.local_window is None else LOCAL_WINDOW
         chunk = 0
@@ -98,12 +104,14 @@ class SitePlan:
             centring,
             OutlierKeys(options.outlier_keys, options.exact_keys),
             ProjectionRanks(options.value_directions or 0, options.key_directions or 0),
+            padding,
         )
 
     @property
     def key_bias(self) -> bool:
-        """Whether kernels take factors of the keys: centred queries leave them, and outlier keys have the factor 0."""
-        return self.centring != "none" or bool(self.outliers)
+        """Whether kernels take factors of the keys: centred queries leave them; outlier keys and keys that take no part
+        have the factor 0."""
+        return self.centring != "none" or bool(self.outliers) or self.padding
 
     @property
     def near(self) -> int | None:
@@ -150,6 +158,7 @@ class SitePlan:
         parts = [self.family.describe(), f"{self.mask.name} mask", f"{self.gradient} gradient"]
         parts += [f"chunks of {self.chunk}"] if self.mask.chunked else []
         parts += [f"centred by {self.centring.replace('_', ' ')}"] if self.centring != "none" else []
+        parts += ["key padding"] if self.padding else []
         parts += [f"{self.outliers.total} outlier keys"] if self.outliers else []
         parts += [f"projected on {self.projection.values}, {self.projection.keys}"] if self.projection else []
         return ", ".join(parts)

@@ -63,14 +63,13 @@ def test_no_parameter_is_called_causal_below_the_plan(path: Path) -> None:
 
 
 def said(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Identifiers, attributes, imported modules and strings of a file that are not documentation, with lines."""
+    """Names of modules that a file imports, identifiers, and strings that are not documentation, with lines."""
     skipped = docstrings(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.Name):
             yield node.lineno, node.id
-        elif isinstance(node, ast.Attribute):
-            yield node.lineno, node.attr
         elif isinstance(node, ast.ImportFrom):
+            yield node.lineno, f"{node.module}"
             yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in skipped:
             yield node.lineno, node.value
@@ -78,11 +77,14 @@ def said(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)
 def test_no_family_is_named_outside_of_its_room(path: Path) -> None:
+    """Neither its option's value, nor its class or rule, nor a module of its folder."""
     if name(path).startswith((FAMILIES_ROOM, *NAMES_A_FAMILY)):
         return
+    names = {word for family in FAMILIES.values() for word in (family.name, family.__name__, f"{family.__name__}Rule")}
+    folders = tuple(f"polyattn.rewriter.families.{family}" for family in FAMILIES)
     for line, text in said(parsed(path)):
-        for family in FAMILIES:
-            assert family not in text.lower(), f"{name(path)}:{line}: names the family {family}: {text!r}"
+        assert text not in names, f"{name(path)}:{line}: names a family: {text!r}"
+        assert not text.startswith(folders), f"{name(path)}:{line}: enters the room of a family: {text!r}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from polyattn.passes.derive.forms import Form
 from polyattn.passes.derive.tracing import Differentiate, Lift
-from polyattn.rewriter.algebra.expr import Kind, Program
+from polyattn.rewriter.algebra.expr import Kind
+from polyattn.rewriter.algebra.programs import Program
 from polyattn.rewriter.rules.absorb import ABSORB
 from polyattn.rewriter.rules.inline import INLINE
 from polyattn.rewriter.rules.project import PROJECT

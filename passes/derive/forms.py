@@ -32,10 +32,12 @@ class Form:
 
     @property
     def cotangent(self) -> Leaf:
+        """G, the gradient of a loss with respect to the output."""
         return Leaf("G", self.out)
 
     @property
     def differentiable(self) -> tuple[str, ...]:
+        """Names of the inputs that have gradients."""
         return tuple(t.name for t in self.inputs if not isinstance(t, Indicator))
 
 

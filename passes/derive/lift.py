@@ -19,8 +19,8 @@ from torch import fx
 
 from polyattn.errors import LiftError
 from polyattn.rewriter.algebra import expr as ir
-from polyattn.rewriter.algebra.expr import Def, Expr, Factor, Kind, Map, Poly, Program, Tensor, Term
-from polyattn.rewriter.algebra.programs import is_pair
+from polyattn.rewriter.algebra.expr import Def, Expr, Factor, Kind, Map, Poly, Tensor, Term
+from polyattn.rewriter.algebra.programs import Program, is_pair
 from polyattn.rewriter.rules.inline import inline_pairs
 
 aten = torch.ops.aten
@@ -231,7 +231,7 @@ def _transpose(lifter: Lifter, x: Expr, a: int, b: int) -> Expr:
 
 def _pow(lifter: Lifter, x: Expr, exponent: Any) -> Expr:
     if not isinstance(exponent, (int, float)) or int(exponent) != exponent or exponent < 0:
-        raise LiftError(f"only powers with a whole exponent >= 0 are polynomials, got {exponent}")
+        raise LiftError(f"the algebra has powers with a whole exponent >= 0 only, got {exponent}")
     if exponent == 0 and len(x.terms) == 1 and len(x.terms[0].factors) == 1:
         # x⁰ keeps its axes (a matrix of ones has a size to be summed over)
         (factor,) = x.terms[0].factors

@@ -17,7 +17,8 @@ from polyattn.errors import RewriteError
 from polyattn.passes.derive.derive import Step
 from polyattn.passes.derive.forms import Form
 from polyattn.rewriter.algebra import expr as ir
-from polyattn.rewriter.algebra.expr import Expr, Factor, Program, Term
+from polyattn.rewriter.algebra.expr import Expr, Factor, Term
+from polyattn.rewriter.algebra.programs import Program
 from polyattn.rewriter.algebra.tensor import Indicator, Kind, Leaf, Map, Poly, Tensor
 from polyattn.rewriter.notation import printer
 from polyattn.rewriter.notation.recipe import Block, Recipe, recipe

@@ -10,8 +10,9 @@ import torch
 
 from polyattn.passes.derive.forms import Form, Function
 from polyattn.passes.derive.lift import Lifter, kinds_by_size, trace
-from polyattn.rewriter.algebra.expr import Indicator, Kind, Leaf, Program, Tensor
+from polyattn.rewriter.algebra.expr import Indicator, Kind, Leaf, Tensor
 from polyattn.rewriter.algebra.interpret import Interpreter
+from polyattn.rewriter.algebra.programs import Program
 from polyattn.rewriter.rules.rule import Rule
 
 

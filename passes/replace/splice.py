@@ -41,7 +41,9 @@ def splice(site: Site, op: Callable[..., Any], identifier: str, options: str, ve
     """
     write = SizedWriter(site.out, (site.q.node, site.k.node, site.v.node))
     q, k, v = _operands(write, site)
-    call = write.call(op, q, k, v, list(site.owners), _scale(write, site), site.causal, identifier, options, version)
+    call = write.call(
+        op, q, k, v, None, list(site.owners), _scale(write, site), site.causal, identifier, options, version
+    )
     _replace(write, site, write.call(operator.getitem, call, 0))
     return call
 
@@ -70,7 +72,7 @@ def splice_gradients(site: Site, call: fx.Node, backward: Callable[..., Any], ve
     g = write.fold(g, site.batch, [site.gradients.g.tokens, site.gradients.g.features])
     saved = [write.call(operator.getitem, call, at) for at in range(4)]
     needs = [gradient is not None for gradient in site.gradients.given]
-    made = write.call(backward, g, *call.args[:3], *saved, call.args[4], site.causal, version, needs)
+    made = write.call(backward, g, *call.args[:4], *saved, call.args[5], site.causal, version, needs)
     for at, gradient in enumerate(site.gradients.given):
         if gradient is None:
             continue

@@ -18,6 +18,7 @@ from polyattn.runtime import policy, registry
 from polyattn.runtime.execute import Grouped
 from polyattn.runtime.policy import Errors
 from polyattn.runtime.registry import CallRecord, Entry
+from polyattn.runtime.row_checks import mean_value
 from polyattn.site_plan import SitePlan
 
 log = logging.getLogger("polyattn")
@@ -56,8 +57,14 @@ def rows(site: str, what: object, q: torch.Tensor, options: Options) -> list[int
     return torch.randint(count, (options.audit_rows,), generator=generator).tolist()
 
 
-def measure(tensors: Grouped, out: torch.Tensor, plan: SitePlan, drawn: list[int]) -> Errors:
-    """Errors of some rows of a grouped output: the worst row's, and RMS relative to what is not mean pooling."""
+def measure(
+    tensors: Grouped, out: torch.Tensor, plan: SitePlan, drawn: list[int], keep: torch.Tensor | None = None
+) -> Errors:
+    """Errors of some rows of a grouped output: the worst row's, and RMS relative to what is not mean pooling.
+
+    Args:
+        keep: which keys take part, bool [batch · kv_heads, n_k]; None: all.
+    """
     q, k, v = tensors
     groups, n = q.shape[1:3]
     by_head: dict[int, set[int]] = {}
@@ -67,12 +74,18 @@ def measure(tensors: Grouped, out: torch.Tensor, plan: SitePlan, drawn: list[int
     for head, chosen in sorted(by_head.items()):
         h, g = divmod(head, groups)
         at = torch.tensor(sorted(chosen), device=q.device)
-        wanted = dense.rows_forward(q[h, g, at], k[h], v[h], at, plan)
-        centre = v[h].mean(0)
+        mine = None if keep is None else keep[h]
+        wanted = dense.rows_forward(q[h, g, at], k[h], v[h], at, plan, mine)
+        centre = mean_value(v[h], mine)[0]
+        around = v[h] if mine is None else v[h][mine]
+        if not len(around):  # no key takes part: zero, as it must be
+            continue
         difference = (out[h, g, at] - wanted).norm(dim=-1)
-        worst.append(difference.max() / (v[h] - centre).norm(dim=-1).max().clamp_min(1e-30))
+        worst.append(difference.max() / (around - centre).norm(dim=-1).max().clamp_min(1e-30))
         error2.append(difference.square().sum())
         spread2.append((wanted - centre).square().sum())
+    if not worst:
+        return Errors(0.0, 0.0)
     error = float(torch.stack(worst).max())  # keeps NaN, which Python's max may drop
     total2, around2 = float(torch.stack(error2).sum()), float(torch.stack(spread2).sum())
     return Errors(error, math.sqrt(total2 / max(around2, 1e-300)))

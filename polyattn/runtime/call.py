@@ -19,21 +19,26 @@ Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def attempt(
-    entry: Entry, record: CallRecord, tensors: Tensors, options: Options
+    entry: Entry, record: CallRecord, tensors: Tensors, options: Options, keep: torch.Tensor | None = None
 ) -> tuple[Forward | None, SitePlan, Fit | None]:
     """The low-rank forward of a call, its plan and the fit in it; None for a forward whose audit makes the site
-    exact."""
+    exact.
+
+    Args:
+        keep: which keys take part, bool [batch, n_k]; None: all.
+    """
     plain, grouped = entry.state.decision.plan, execute.grouped(*tensors)
-    fit = fits.kept(entry, record, tensors, plain, options) if plain.family.fitted else None
-    made, plan = _forward(grouped, plain, fit)
-    errors = _audited(entry, record, record.number, grouped, made, plan, options)
+    by_head = execute.grouped_keep(keep, tensors[1].shape[1])
+    fit = fits.kept(entry, record, tensors, plain, options, keep) if plain.family.fitted else None
+    made, plan = _forward(grouped, plain, fit, by_head)
+    errors = _audited(entry, record, record.number, grouped, made, plan, options, by_head)
     due = fit is not None and policy.refit_due(entry.state, record.number, fit, options)
     if due and not policy.served(made.exact_rows, made.denominators.numel(), errors, options):
         with entry.fitting:
-            fit = fits.anew(entry, record, tensors, plain, options)
+            fit = fits.anew(entry, record, tensors, plain, options, keep)
         log.info("polyattn: %s: fitted anew at call %s", entry.key.site, record.number)
-        made, plan = _forward(grouped, plain, fit)
-        errors = _audited(entry, record, f"{record.number}, fitted anew", grouped, made, plan, options)
+        made, plan = _forward(grouped, plain, fit, by_head)
+        errors = _audited(entry, record, f"{record.number}, fitted anew", grouped, made, plan, options, by_head)
         helped = policy.served(made.exact_rows, made.denominators.numel(), errors, options)
         registry.update(entry, functools.partial(policy.refitted, helped=helped))
     if errors is not None and not audit.judge(entry, record, errors, options):
@@ -44,11 +49,11 @@ def attempt(
     return made, plan, fit
 
 
-def _forward(tensors: Grouped, plain: SitePlan, fit: Fit | None) -> tuple[Forward, SitePlan]:
+def _forward(tensors: Grouped, plain: SitePlan, fit: Fit | None, keep: torch.Tensor | None) -> tuple[Forward, SitePlan]:
     if fit is None:
-        return execute.forward(*tensors, plain), plain
+        return execute.forward(*tensors, plain, keep=keep), plain
     plan = plain.with_fit(fit)
-    return execute.forward(*tensors, plan, fit.values, fit.radius), plan
+    return execute.forward(*tensors, plan, fit.values, fit.radius, keep), plan
 
 
 def _audited(
@@ -59,7 +64,8 @@ def _audited(
     made: Forward,
     plan: SitePlan,
     options: Options,
+    keep: torch.Tensor | None,
 ) -> policy.Errors | None:
     if not record.audit:
         return None
-    return audit.measure(tensors, made.out, plan, audit.rows(entry.key.site, what, tensors[0], options))
+    return audit.measure(tensors, made.out, plan, audit.rows(entry.key.site, what, tensors[0], options), keep)

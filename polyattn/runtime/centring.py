@@ -56,10 +56,13 @@ class Centred(NamedTuple):
         return dk + (dfactors * self.factors)[..., None] * (scale * self.u)[:, None]
 
 
-def choose_outliers(k: torch.Tensor, wanted: OutlierKeys, some: int | None) -> torch.Tensor:
+def choose_outliers(
+    k: torch.Tensor, wanted: OutlierKeys, some: int | None, keep: torch.Tensor | None = None
+) -> torch.Tensor:
     """Positions [heads, ·] of outlier keys among keys [heads, n_k, d]; the largest are of the ``some`` first ones.
 
-    Norms are around the mean of the others: found twice, because a very large key moves the mean of all.
+    Norms are around the mean of the others: found twice, because a very large key moves the mean of all. Keys that take
+    no part (``keep`` [heads, n_k] false) come last.
     """
     n = k.shape[1]
     named = torch.tensor(sorted(p for p in set(wanted.positions) if p < n), dtype=torch.long, device=k.device)
@@ -67,36 +70,54 @@ def choose_outliers(k: torch.Tensor, wanted: OutlierKeys, some: int | None) -> t
     free = min(n if some is None else some, n)
     count = min(wanted.count, free - int((named < free).sum()))
     for _ in range(2):
-        norms = (k[:, :free] - _mean(k, chosen, some)[:, None]).norm(dim=-1).index_fill(1, named[named < free], -1)
+        norms = (k[:, :free] - _mean(k, chosen, some, keep)[:, None]).norm(dim=-1)
+        norms = norms.index_fill(1, named[named < free], -2)
+        norms = norms if keep is None else norms.masked_fill(~keep[:, :free] & (norms >= 0), -1)
         chosen = torch.cat([named.expand(len(k), -1), norms.topk(count)[1]], 1)
     return chosen
 
 
-def _mean(k: torch.Tensor, outliers: torch.Tensor | None, some: int | None) -> torch.Tensor:
-    """The mean of the first keys of [heads, n_k, d] without the outliers; zero where no other is left."""
-    if outliers is None:
+def _mean(k: torch.Tensor, outliers: torch.Tensor | None, some: int | None, keep: torch.Tensor | None) -> torch.Tensor:
+    """The mean of the first keys of [heads, n_k, d] that take part and are no outliers; zero where none is left."""
+    if outliers is None and keep is None:
         return k[:, :some].mean(1)
-    keep = torch.ones_like(k[..., 0]).scatter(1, outliers, 0.0)[:, :some, None]
-    return (k[:, :some] * keep).sum(1) / keep.sum(1).clamp_min(1)
+    share = torch.ones_like(k[..., 0]) if keep is None else keep.to(k.dtype)
+    share = share if outliers is None else share.scatter(1, outliers, 0.0)
+    share = share[:, :some, None]
+    return (k[:, :some] * share).sum(1) / share.sum(1).clamp_min(1)
 
 
-def centre(q: torch.Tensor, k: torch.Tensor, plan: SitePlan, change: ChangeOfBasis | None = None) -> Centred:
+def centre(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    plan: SitePlan,
+    change: ChangeOfBasis | None = None,
+    keep: torch.Tensor | None = None,
+) -> Centred:
     """Subtract the means of a call's queries and keys, and multiply by the matrices of a change of basis.
 
     With ``centring="first_chunk"`` means, and the outlier keys of largest norm, are those of the first chunk.
+
+    Args:
+        keep: which keys take part, bool [heads, n_k]; the others become the mean key, with the factor 0. None: all.
     """
+    if keep is not None:
+        k = k.masked_fill(~keep[..., None], 0)
     zero = torch.zeros_like(k[:, 0])
     factors, u, c, top = None, zero, zero, zero[:, 0]
     some = plan.chunk if plan.centring == "first_chunk" else None
-    chosen = choose_outliers(k, plan.outliers, some) if plan.outliers else None
-    bias = torch.zeros_like(k[..., 0]) if chosen is not None else None
+    chosen = choose_outliers(k, plan.outliers, some, keep) if plan.outliers else None
+    bias = torch.zeros_like(k[..., 0]) if chosen is not None or keep is not None else None
     if plan.centring != "none":
-        c, u = _mean(k, chosen, some), q[:, :, :some].mean((1, 2))
+        c, u = _mean(k, chosen, some, keep), q[:, :, :some].mean((1, 2))
         q, k = q - u[:, None, None], k - c[:, None]
+        k = k if keep is None else k.masked_fill(~keep[..., None], 0)
         bias = torch.einsum("hjd,hd->hj", k, u) * plan.scale
     if bias is not None:
         if chosen is not None:
             bias = bias.scatter(1, chosen, -torch.inf)
+        if keep is not None:
+            bias = bias.masked_fill(~keep, -torch.inf)
         top = bias.amax(1)
         top = top.masked_fill(top == -torch.inf, 0)
         factors = (bias - top[:, None]).exp()

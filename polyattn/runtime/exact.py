@@ -14,7 +14,7 @@ import torch
 from polyattn.codegen import targets
 from polyattn.codegen.target import Fused
 from polyattn.passes.derive.kernels import exact_nodes
-from polyattn.rewriter.masks.mask import Mask
+from polyattn.rewriter.masks.mask import NONE, Mask
 from polyattn.runtime.rectangle import Rectangle
 
 PAIRS = 1 << 22
@@ -45,20 +45,40 @@ def _blocks(rows: torch.Tensor, n_k: int) -> Iterator[slice]:
     return (slice(at, at + step) for at in range(0, len(rows), step))
 
 
-def weights(q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, softmax: Softmax) -> torch.Tensor:
-    """Softmax rows [s, n_k] of queries [s, d] at positions ``rows`` [s]."""
+def _seen(rows: torch.Tensor, n_k: int, softmax: Softmax, keep: torch.Tensor | None) -> torch.Tensor | None:
+    """Which keys queries at positions ``rows`` [s] see, bool [s, n_k]; None: every one."""
+    seen = softmax.mask.seen(rows, n_k)
+    if keep is None:
+        return seen
+    return keep.expand(len(rows), -1) if seen is None else seen & keep
+
+
+def weights(
+    q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, softmax: Softmax, keep: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Softmax rows [s, n_k] of queries [s, d] at positions ``rows`` [s].
+
+    Args:
+        keep: which keys take part, bool [n_k]; None: all. A row that sees no key has weights 0.
+    """
     score = q @ k.mT * softmax.scale
-    seen = softmax.mask.seen(rows, len(k))
+    seen = _seen(rows, len(k), softmax, keep)
     if seen is not None:
         score = score.masked_fill(~seen, float("-inf"))
-    return torch.softmax(score, -1)
+    made = torch.softmax(score, -1)
+    return made if keep is None or seen is None else made.masked_fill(~seen.any(-1, keepdim=True), 0)
 
 
 def rows_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, softmax: Softmax
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rows: torch.Tensor,
+    softmax: Softmax,
+    keep: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Exact outputs of some rows of one head: q [s, d] at positions ``rows`` [s], k [n_k, d], v [n_k, e] → [s, e]."""
-    out = [weights(q[part], k, rows[part], softmax) @ v for part in _blocks(rows, len(k))]
+    out = [weights(q[part], k, rows[part], softmax, keep) @ v for part in _blocks(rows, len(k))]
     return torch.cat(out) if out else v.new_zeros(0, v.shape[-1])
 
 
@@ -69,6 +89,7 @@ def rows_backward(
     g: torch.Tensor,
     rows: torch.Tensor,
     softmax: Softmax,
+    keep: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of :func:`rows_forward`: dQ of the rows [s, d], and their share of dK [n_k, d] and dV [n_k, e].
 
@@ -79,9 +100,10 @@ def rows_backward(
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for part in _blocks(rows, len(k)):
         inputs = {"Q": q[part], "K": k, "V": v, "G": g[part]}
-        seen = softmax.mask.seen(rows[part], len(k))
+        seen = _seen(rows[part], len(k), softmax, keep)
         if seen is not None:
-            inputs["M"] = seen.to(k.dtype)
+            lost = ~seen.any(-1, keepdim=True)  # rows that see no key have no gradient
+            inputs["M"], inputs["G"] = (seen | lost).to(k.dtype), g[part].masked_fill(lost, 0)
         block = Rectangle(inputs, softmax.scale)
         d = block.value(nodes.denominator)
         block.read(O=block.value(nodes.numerator) / d[:, None], D=d)
@@ -169,18 +191,41 @@ def fused_backward(
     return dq, dk, dv
 
 
-def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax: Softmax) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact attention of [B, H, n, ·] tensors: output and log-sum-exp [B, H, n_q] (zeros without torch's kernels)."""
+def _added(keep: torch.Tensor, q: torch.Tensor, softmax: Softmax) -> tuple[torch.Tensor, torch.Tensor]:
+    """What hides the keys of [B, n_k] that take no part, and those that the mask hides, as torch's kernels add it; and
+    which rows see no key, bool [B, 1, n_q, 1]."""
+    seen = keep[:, None, None]
+    if softmax.mask.hides:
+        seen = seen & softmax.mask.visible(
+            torch.arange(q.shape[2], device=q.device), torch.arange(keep.shape[1], device=q.device)
+        )
+    lost = ~seen.any(-1, keepdim=True).expand(-1, -1, q.shape[2], -1)
+    return torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~(seen | lost), -torch.inf), lost
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax: Softmax, keep: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exact attention of [B, H, n, ·] tensors: output and log-sum-exp [B, H, n_q] (zeros without torch's kernels).
+
+    Args:
+        keep: which keys take part, bool [B, n_k]; None: all. A row that sees no key is 0.
+    """
     heads, e = q.shape[1], v.shape[-1]
     kernel = targets.fused_kernel(q)
-    if kernel is not None:
+    if kernel is not None and keep is None:
         return fused_forward(kernel, q, k, v, softmax)
+    if kernel is not None and kernel.masked and keep is not None:
+        added, lost = _added(keep, q, softmax)
+        out, lse = fused_forward(kernel, q, k, v, ExactSoftmax(softmax.scale, NONE), added)
+        return out.masked_fill(lost, 0), lse
     groups = heads // k.shape[1]
     rows = torch.arange(q.shape[2], device=q.device)
     result = q.new_empty(*q.shape[:-1], e)
     for b in range(q.shape[0]):
         for h in range(heads):
-            result[b, h] = rows_forward(q[b, h], k[b, h // groups], v[b, h // groups], rows, softmax)
+            mine = None if keep is None else keep[b]
+            result[b, h] = rows_forward(q[b, h], k[b, h // groups], v[b, h // groups], rows, softmax, mine)
     return result, q.new_zeros(q.shape[:-1])
 
 
@@ -190,19 +235,25 @@ def backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     softmax: Softmax,
+    keep: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of :func:`forward` by q, k and v."""
     q, k, v = tensors
     kernel = targets.fused_kernel(q)
-    if kernel is not None:
+    if kernel is not None and keep is None:
         return fused_backward(kernel, g, tensors, out, lse, softmax)
+    if kernel is not None and kernel.masked and keep is not None:
+        added, lost = _added(keep, q, softmax)
+        plain = ExactSoftmax(softmax.scale, NONE)
+        return fused_backward(kernel, g.masked_fill(lost, 0), tensors, out, lse, plain, added)
     groups = q.shape[1] // k.shape[1]
     rows = torch.arange(q.shape[2], device=q.device)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
             c = h // groups
-            made = rows_backward(q[b, h], k[b, c], v[b, c], g[b, h], rows, softmax)
+            mine = None if keep is None else keep[b]
+            made = rows_backward(q[b, h], k[b, c], v[b, c], g[b, h], rows, softmax, mine)
             dq[b, h] = made[0]
             dk[b, c] += made[1]
             dv[b, c] += made[2]

@@ -81,18 +81,36 @@ class Approximated:
     centred: Centred
 
 
+def grouped_keep(keep: torch.Tensor | None, kv_heads: int) -> torch.Tensor | None:
+    """Which keys take part, by key head: [batch, n_k] → [batch · kv_heads, n_k]."""
+    return None if keep is None else keep.repeat_interleave(kv_heads, 0)
+
+
 def approximate(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: SitePlan, fitted: torch.Tensor | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: SitePlan,
+    fitted: torch.Tensor | None = None,
+    keep: torch.Tensor | None = None,
 ) -> Approximated:
-    """The low-rank form in all rows of grouped tensors: it is linear in the values."""
+    """The low-rank form in all rows of grouped tensors: it is linear in the values.
+
+    Args:
+        keep: which keys take part, bool [batch · kv_heads, n_k]; None: all.
+    """
     features = bound(plan, fitted, k)
-    centred = centre(q, k, plan, features.change)
+    centred = centre(q, k, plan, features.change, keep)
     result = _run(plan.kernels.forward, {"V": v, **centred.inputs}, plan, features)
     out, denominators = result["O"], result["D"]
     off = row_checks.denominators(centred, denominators, plan)
     if centred.outliers is not None:
-        out, denominators = outlier_keys.forward((q, k, v), centred, out, denominators, plan)
+        out, denominators = outlier_keys.forward((q, k, v), centred, out, denominators, plan, keep)
         off |= ~(torch.isfinite(denominators) & (denominators > 0))
+    if keep is not None:
+        lost = plan.mask.sums_of(keep.to(q.dtype), q.shape[2])[:, None] == 0
+        out, off = out.masked_fill(lost[..., None], 0), off & ~lost
+        denominators = denominators.masked_fill(lost, torch.inf)  # such rows have no gradient
     return Approximated(out, denominators, off, centred)
 
 
@@ -103,14 +121,17 @@ def forward(
     plan: SitePlan,
     fitted: torch.Tensor | None = None,
     radius: torch.Tensor | None = None,
+    keep: torch.Tensor | None = None,
 ) -> Forward:
     """Low-rank attention of grouped tensors.
 
     Args:
         radius: the largest norm of a centred query that the fit saw, [kv_heads]; None where that is not known.
+        keep: which keys take part, bool [batch · kv_heads, n_k]; None: all. A row that sees no key is 0.
     """
-    made = approximate(q, k, v, plan, fitted)
-    out, denominators, bad = made.out, made.denominators, made.off | row_checks.outputs(v, made.out)
+    made = approximate(q, k, v, plan, fitted, keep)
+    out, denominators = made.out, made.denominators
+    bad = made.off | (row_checks.outputs(v, made.out, keep) & ~denominators.isposinf())
     if radius is not None:
         largest = radius.to(q.dtype).repeat(len(k) // len(radius))
         outside = made.centred.q.norm(dim=-1) > largest[:, None, None]
@@ -120,7 +141,8 @@ def forward(
     if count:
         for h, g in bad.any(-1).nonzero().tolist():
             rows = bad[h, g].nonzero().squeeze(1)
-            out[h, g, rows] = dense.rows_forward(q[h, g, rows], k[h], v[h], rows, plan)
+            mine = None if keep is None else keep[h]
+            out[h, g, rows] = dense.rows_forward(q[h, g, rows], k[h], v[h], rows, plan, mine)
         denominators = denominators.masked_fill(bad, -1.0)
     return Forward(out, denominators, count)
 
@@ -135,36 +157,39 @@ def backward(
     plan: SitePlan,
     fitted: torch.Tensor | None,
     needs: Sequence[bool],
+    keep: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients by q, k and v of [batch, heads, tokens, ·] tensors, grouped; None where ``needs`` says so.
 
     Args:
         g: gradient of the output.
         out, denominators: what :func:`forward` returned, in the shapes of the operators.
+        keep: which keys take part, bool [batch, n_k]; None: all.
     """
     qs, ks, vs = grouped(q, k, v)
+    keep = grouped_keep(keep, k.shape[1])
     gs, outs = g.reshape(*qs.shape[:-1], -1).to(qs.dtype), out.reshape(*qs.shape[:-1], -1).to(qs.dtype)
     stats = denominators.reshape(qs.shape[:-1])
     bad = stats <= 0
     some = bool(bad.any())
     features = bound(plan, fitted, ks)
-    centred = centre(qs, ks, plan, features.change)
+    centred = centre(qs, ks, plan, features.change, keep)
     low_q, low_g, low_o = (x.masked_fill(bad.unsqueeze(-1), 0.0) if some else x for x in (centred.q, gs, outs))
     low_d = stats.masked_fill(bad, 1.0) if some else stats
     wanted = tuple(name for name, need in zip(("dQ", "dK", "dV"), needs, strict=True) if need)
     inputs = {"V": vs, **centred.inputs}
     inputs.update(Q=low_q, G=low_g, O=low_o, D=low_d)
     names = (*wanted, "dB") if "dK" in wanted and centred.factors is not None else wanted
-    result = _gradients(names, inputs, plan, features, lambda: _sampled((qs, ks, vs), low_g, centred, plan))
+    result = _gradients(names, inputs, plan, features, lambda: _sampled((qs, ks, vs), low_g, centred, plan, keep))
     if "dQ" in result:
         result["dQ"] = centred.query_gradient(result["dQ"])
     if "dK" in result:
         result["dK"] = centred.key_gradient(result["dK"], result.pop("dB", None), plan.scale)
     if centred.outliers is not None:
         tensors = (qs.masked_fill(bad.unsqueeze(-1), 0.0) if some else qs, ks, vs)
-        outlier_keys.backward(tensors, centred, low_g, low_o, low_d, plan, result)
+        outlier_keys.backward(tensors, centred, low_g, low_o, low_d, plan, result, keep)
     if some:
-        result = _with_exact_rows(result, bad, (qs, ks, vs), gs, plan)
+        result = _with_exact_rows(result, bad, (qs, ks, vs), gs, plan, keep)
     return result.get("dQ"), result.get("dK"), result.get("dV")
 
 
@@ -195,21 +220,29 @@ def _gradients(
     return result
 
 
-def _sampled(tensors: Grouped, g: torch.Tensor, centred: Centred, plan: SitePlan) -> torch.Tensor:
+def _sampled(
+    tensors: Grouped, g: torch.Tensor, centred: Centred, plan: SitePlan, keep: torch.Tensor | None
+) -> torch.Tensor:
     """Exact dQ of some rows at regular distances, in the coordinates of the centred queries: [heads, rows, d]."""
     q, k, v = tensors
     groups, n = q.shape[1:3]
     at = torch.arange(0, n, -(-n * groups // ROWS), device=q.device)
 
     def some(h: int, i: int) -> torch.Tensor:
-        return dense.rows_backward(q[h, i, at], k[h], v[h], g[h, i, at], at, plan)[0]
+        mine = None if keep is None else keep[h]
+        return dense.rows_backward(q[h, i, at], k[h], v[h], g[h, i, at], at, plan, mine)[0]
 
     found = torch.stack([torch.cat([some(h, i) for i in range(groups)]) for h in range(len(q))])
     return found if centred.change is None else found @ centred.change.k
 
 
 def _with_exact_rows(
-    result: Mapping[str, torch.Tensor], bad: torch.Tensor, tensors: Grouped, g: torch.Tensor, plan: SitePlan
+    result: Mapping[str, torch.Tensor],
+    bad: torch.Tensor,
+    tensors: Grouped,
+    g: torch.Tensor,
+    plan: SitePlan,
+    keep: torch.Tensor | None,
 ) -> dict[str, torch.Tensor]:
     """Low-rank gradients of the good rows, with the exact gradients of the bad ones."""
     q, k, v = tensors
@@ -222,7 +255,8 @@ def _with_exact_rows(
             rows = mask.nonzero().squeeze(1)
             if not len(rows):
                 continue
-            dq, dk, dv = dense.rows_backward(q[h, group, rows], k[h], v[h], g[h, group, rows], rows, plan)
+            mine = None if keep is None else keep[h]
+            dq, dk, dv = dense.rows_backward(q[h, group, rows], k[h], v[h], g[h, group, rows], rows, plan, mine)
             if "dQ" in total:
                 total["dQ"][h, group, rows] = dq
             if "dK" in total:

@@ -12,7 +12,7 @@ from polyattn.rewriter.families.family import Fit, Sample
 from polyattn.rewriter.families.registry import family_class
 from polyattn.runtime import policy, registry
 from polyattn.runtime.centring import centre
-from polyattn.runtime.execute import accumulator, grouped
+from polyattn.runtime.execute import accumulator, grouped, grouped_keep
 from polyattn.runtime.registry import CallRecord, Entry
 from polyattn.runtime.saved_fits import taken
 from polyattn.site_plan import SitePlan
@@ -22,14 +22,23 @@ ELEMENTS = 4
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def make(site: str, tensors: Tensors, plan: SitePlan, options: Options, number: int | None, times: int) -> Fit:
+def make(
+    site: str,
+    tensors: Tensors,
+    plan: SitePlan,
+    options: Options,
+    number: int | None,
+    times: int,
+    keep: torch.Tensor | None = None,
+) -> Fit:
     """A fit to each key head, in the accumulator's dtype, of the first batch elements of a call.
 
     It belongs to a head, not to a sequence. Random choices come from a generator of their own, seeded by
     ``Options.seed``, the site and how often it was fitted before (``times``).
     """
     q, k, _ = grouped(*(x[:ELEMENTS] for x in tensors))
-    centred = centre(q, k, plan)
+    by_key_head = grouped_keep(None if keep is None else keep[:ELEMENTS], tensors[1].shape[1])
+    centred = centre(q, k, plan, keep=by_key_head)
     factors = torch.ones_like(k[..., 0]) if centred.factors is None else centred.factors
     elements = len(q) // tensors[1].shape[1]
 
@@ -43,7 +52,14 @@ def make(site: str, tensors: Tensors, plan: SitePlan, options: Options, number: 
     return dataclasses.replace(made, values=made.values.to(q.dtype), call=number)
 
 
-def kept(entry: Entry, record: CallRecord, tensors: Tensors, plan: SitePlan, options: Options) -> Fit:
+def kept(
+    entry: Entry,
+    record: CallRecord,
+    tensors: Tensors,
+    plan: SitePlan,
+    options: Options,
+    keep: torch.Tensor | None = None,
+) -> Fit:
     """The fit of the call that is run again, or the site's, which the first call makes or takes from a file."""
     if record.fit is not None:
         return record.fit
@@ -54,15 +70,22 @@ def kept(entry: Entry, record: CallRecord, tensors: Tensors, plan: SitePlan, opt
                 if loaded is not None:
                     registry.update(entry, functools.partial(dataclasses.replace, fit=loaded))
                 else:
-                    anew(entry, record, tensors, plan, options)
+                    anew(entry, record, tensors, plan, options, keep)
     fit = entry.state.fit
     assert fit is not None, "it was made just now"
     return fit
 
 
-def anew(entry: Entry, record: CallRecord, tensors: Tensors, plan: SitePlan, options: Options) -> Fit:
+def anew(
+    entry: Entry,
+    record: CallRecord,
+    tensors: Tensors,
+    plan: SitePlan,
+    options: Options,
+    keep: torch.Tensor | None = None,
+) -> Fit:
     """Fit to the present call, and keep that."""
-    made = make(entry.key.site, tensors, plan, options, record.number, entry.state.counters.fits)
+    made = make(entry.key.site, tensors, plan, options, record.number, entry.state.counters.fits, keep)
     registry.update(entry, functools.partial(policy.fitted, fit=made))
     return made
 

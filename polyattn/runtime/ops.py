@@ -81,20 +81,21 @@ def _options(key: str) -> Options:
 
 
 @functools.lru_cache(maxsize=1024)
-def _site_plan(options: str, causal: bool, scale: float, d: int, device: str) -> SitePlan:
-    return SitePlan.of(_options(options), causal, scale, d, device)
+def _site_plan(options: str, causal: bool, scale: float, d: int, device: str, padding: bool) -> SitePlan:
+    return SitePlan.of(_options(options), causal, scale, d, device, padding)
 
 
 @torch.library.custom_op(
     "polyattn::attention",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor[] owners, float scale, bool causal, str site, str options, "
-    "str version) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor[] owners, float scale, bool causal, str site, "
+    "str options, str version) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    keep: torch.Tensor | None,
     owners: Sequence[torch.Tensor],
     scale: float,
     causal: bool,
@@ -103,7 +104,7 @@ def _attention(
     version: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     opts = _options(options)
-    plain = _site_plan(options, causal, scale, q.shape[-1], q.device.type)
+    plain = _site_plan(options, causal, scale, q.shape[-1], q.device.type, keep is not None)
     wide = accumulator(q.dtype)
     if q.numel() == 0 or k.numel() == 0:  # nothing to decide, and nothing that torch's kernel survives
         out, stat = dense.empty_tokens_first(q, v.shape[-1]).zero_(), q.new_zeros(q.shape[:-1], dtype=wide)
@@ -115,12 +116,12 @@ def _attention(
     with torch.autocast(q.device.type, enabled=False):
         made, fit, plan = None, None, plain
         if record.low_rank:
-            made, plan, fit = attempt(entry, record, (q, k, v), opts)
+            made, plan, fit = attempt(entry, record, (q, k, v), opts, keep)
         registry.leave(entry, record, made is not None, fit, q, k, v)
         # operators may not return what they keep
         fitted = fits.nothing(k, opts) if fit is None else fit.values.clone()
         if made is None:
-            out, stat = dense.forward(q, k, v, plain)
+            out, stat = dense.forward(q, k, v, plain, keep)
             out, stat = dense.tokens_first(out), stat.to(wide)
         else:
             out = dense.tokens_first(made.out.reshape(*q.shape[:-1], v.shape[-1]).to(q.dtype))
@@ -132,7 +133,9 @@ def _attention(
 
 
 @_attention.register_fake
-def _(q: Any, k: Any, v: Any, owners: Any, scale: Any, causal: Any, site: Any, options: Any, version: Any) -> Any:
+def _(
+    q: Any, k: Any, v: Any, keep: Any, owners: Any, scale: Any, causal: Any, site: Any, options: Any, version: Any
+) -> Any:
     check(q, k, v)
     wide = accumulator(q.dtype)
     out = dense.empty_tokens_first(q, v.shape[-1])
@@ -144,15 +147,15 @@ def _(q: Any, k: Any, v: Any, owners: Any, scale: Any, causal: Any, site: Any, o
 @torch.library.custom_op(
     "polyattn::attention_backward",
     mutates_args=(),
-    schema="(Tensor g, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stat, Tensor fitted, Tensor plan, float scale, "
-    "bool causal, "
-    "str version, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor out, Tensor stat, Tensor fitted, Tensor plan, "
+    "float scale, bool causal, str version, bool[] needs) -> (Tensor, Tensor, Tensor)",
 )
 def _attention_backward(
     g: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    keep: torch.Tensor | None,
     out: torch.Tensor,
     stat: torch.Tensor,
     fitted: torch.Tensor,
@@ -168,10 +171,10 @@ def _attention_backward(
         if q.numel() == 0 or k.numel() == 0:
             made = (torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
         elif forward is not None:
-            kept = fitted if fitted.numel() else None
-            made = execute.backward(g, q, k, v, out, stat, forward, kept, needs)
+            packed = fitted if fitted.numel() else None
+            made = execute.backward(g, q, k, v, out, stat, forward, packed, needs, keep)
         else:
-            made = dense.backward(g, (q, k, v), out, stat, ExactSoftmax(scale, mask))
+            made = dense.backward(g, (q, k, v), out, stat, ExactSoftmax(scale, mask), keep)
     results = []
     for need, x, like in zip(needs, made, (q, k, v), strict=True):
         if need and x is not None:
@@ -197,6 +200,7 @@ def _(
     q: Any,
     k: Any,
     v: Any,
+    keep: Any,
     out: Any,
     stat: Any,
     fitted: Any,
@@ -210,10 +214,10 @@ def _(
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    q, k, v, owners, scale, causal, _, _, version = inputs
+    q, k, v, keep, owners, scale, causal, _, _, version = inputs
     out, stat, fitted, plan = output
     ctx.mark_non_differentiable(stat, fitted, plan)
-    ctx.save_for_backward(q, k, v, out, stat, fitted, plan)
+    ctx.save_for_backward(q, k, v, keep, out, stat, fitted, plan)
     ctx.scale, ctx.causal, ctx.version, ctx.owners = scale, causal, version, len(owners)
 
 
@@ -221,7 +225,7 @@ def _backward(ctx: Any, g: torch.Tensor, *unused: Any) -> Any:
     needs = list(ctx.needs_input_grad[:3])
     made = torch.ops.polyattn.attention_backward(g, *ctx.saved_tensors, ctx.scale, ctx.causal, ctx.version, needs)
     gradients = [x if need else None for x, need in zip(made, needs, strict=True)]
-    return (*gradients, [None] * ctx.owners, None, None, None, None, None)
+    return (*gradients, None, [None] * ctx.owners, None, None, None, None, None)
 
 
 def _twice(ctx: Any, *unused: Any) -> Any:
@@ -250,9 +254,8 @@ def attention(
     Args:
         q: [..., heads, n_q, d]; k: [..., kv_heads, n_k, d]; v: [..., kv_heads, n_k, e]; kv_heads divides heads.
             [tokens, head_dim] is one head.
-        key_mask: boolean, [..., n_k] or [n_k], the same for all heads: True where a key takes part. Masked keys are
-            left out; each batch element with a mask of its own is a call of its own. With ``causal`` only keys at the
-            end can be masked. Where no key is left the output is zero.
+        key_mask: boolean, [..., n_k] or [n_k], the same for all heads: True where a key takes part, for each batch
+            element, also with ``causal``. Where a query sees no key the output is zero.
         causal: query i sees keys j ≤ i (torch's ``is_causal``, also for n_q ≠ n_k).
         scale: factor of the logits, 1/√d by default.
         options: an Options or a mapping of its fields.
@@ -278,11 +281,6 @@ def attention(
         frame = sys._getframe(1)
         site = f"polyattn.attention at {frame.f_code.co_filename}:{frame.f_lineno}"
 
-    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        made: torch.Tensor = torch.ops.polyattn.attention(q, k, v, [], factor, causal, site, opts.key(), VERSION)[0]
-        return made
-
-    out = (
-        run(q4, k4, v4) if key_mask is None else masking.attend(masking.expanded(key_mask, k, causal), q4, k4, v4, run)
-    )
+    keep = None if key_mask is None else masking.expanded(key_mask, k)
+    out: torch.Tensor = torch.ops.polyattn.attention(q4, k4, v4, keep, [], factor, causal, site, opts.key(), VERSION)[0]
     return out.reshape(*(lead if q.ndim > 3 else ()), *q.shape[-3:-1], v.shape[-1])

@@ -32,7 +32,7 @@ def _columns(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def _rectangle(tensors: Tensors, centred: Centred, part: slice, plan: SitePlan) -> Rectangle:
+def _rectangle(tensors: Tensors, centred: Centred, part: slice, plan: SitePlan, keep: torch.Tensor | None) -> Rectangle:
     """Some queries against the outlier keys, groups one after the other; exp in the units of the low-rank part."""
     q, k, v = tensors
     assert centred.outliers is not None
@@ -42,25 +42,34 @@ def _rectangle(tensors: Tensors, centred: Centred, part: slice, plan: SitePlan) 
         "K": _columns(k - centred.c[:, None], centred.outliers),
         "V": _columns(v, centred.outliers),
     }
+    rows = torch.arange(q.shape[2], device=q.device)[part].repeat(q.shape[1])
     if plan.mask.hides:
-        rows = torch.arange(q.shape[2], device=q.device)[part].repeat(q.shape[1])
         inputs["M"] = plan.mask.visible(rows, centred.outliers).to(q.dtype)
+    if keep is not None:
+        some_keep = keep.gather(1, centred.outliers)[:, None].to(q.dtype)
+        inputs["M"] = inputs["M"] * some_keep if "M" in inputs else some_keep.expand(-1, len(rows), -1)
     return Rectangle(inputs, plan.scale, centred.top[:, None, None])
 
 
 def forward(
-    tensors: Tensors, centred: Centred, out: torch.Tensor, denominators: torch.Tensor, plan: SitePlan
+    tensors: Tensors,
+    centred: Centred,
+    out: torch.Tensor,
+    denominators: torch.Tensor,
+    plan: SitePlan,
+    keep: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Outputs [heads, groups, n_q, e] and denominators [heads, groups, n_q] of all keys, from those of the others.
 
     Args:
         tensors: queries, keys and values, not centred.
+        keep: which keys take part, bool [heads, n_k]; None: all.
     """
     q, nodes = tensors[0], exact_nodes(plan.mask)
     assert centred.outliers is not None
     merged, total = torch.empty_like(out), torch.empty_like(denominators)
     for part in _blocks(q, centred.outliers.shape[1]):
-        few = _rectangle(tensors, centred, part, plan)
+        few = _rectangle(tensors, centred, part, plan, keep)
         rest, low = denominators[:, :, part], out[:, :, part]
         # Where no other key is seen, the denominator of the others is 0 and their output undefined.
         numerator = (low * rest[..., None]).masked_fill((rest == 0)[..., None], 0)
@@ -78,12 +87,13 @@ def backward(
     denominators: torch.Tensor,
     plan: SitePlan,
     gradients: dict[str, torch.Tensor],
+    keep: torch.Tensor | None = None,
 ) -> None:
     """Add what the outlier keys contribute to gradients that the others have made: dQ, dK and dV, as far as given."""
     q, nodes = tensors[0], exact_nodes(plan.mask)
     assert centred.outliers is not None
     for part in _blocks(q, centred.outliers.shape[1]):
-        few = _rectangle(tensors, centred, part, plan)
+        few = _rectangle(tensors, centred, part, plan, keep)
         few.read(**{name: x[:, :, part].flatten(1, 2) for name, x in {"G": g, "O": out, "D": denominators}.items()})
         for name, total in gradients.items():
             made = few.value(nodes.gradients[name])

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from polyattn.rewriter.families.polynomial.coefficients import balance
+from polyattn.rewriter.families.balance import balance
 from polyattn.site_plan import ProjectionRanks
 
 

@@ -32,9 +32,24 @@ def denominators(centred: Centred, found: torch.Tensor, plan: SitePlan) -> torch
     return ~(torch.isfinite(found) & ((found > SHARE * least) | ((sums == 0)[:, None] & (found == 0))))
 
 
-def outputs(v: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-    """Which outputs [heads, groups, n_q, e] are not finite or further from the mean value than every value."""
-    centre = v.mean(1, keepdim=True)
-    furthest, rounding = (v - centre).norm(dim=-1).amax(1), torch.finfo(v.dtype).eps ** 0.5 * v.norm(dim=-1).amax(1)
+def outputs(v: torch.Tensor, found: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+    """Which outputs [heads, groups, n_q, e] are not finite or further from the mean value than every value.
+
+    Args:
+        keep: which values take part, bool [heads, n_k]; None: all.
+    """
+    centre = mean_value(v, keep)
+    sizes = torch.stack([(v - centre).norm(dim=-1), v.norm(dim=-1)])
+    sizes = sizes if keep is None else sizes.masked_fill(~keep, 0)
+    furthest, largest = sizes.amax(2)
+    rounding = torch.finfo(v.dtype).eps ** 0.5 * largest
     inside: torch.Tensor = (found - centre[:, None]).norm(dim=-1) <= (REACH * furthest + rounding)[:, None, None]
     return ~inside
+
+
+def mean_value(v: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+    """The mean of the values [..., n_k, e] that take part (``keep`` [..., n_k]; None: all): [..., 1, e]."""
+    if keep is None:
+        return v.mean(-2, keepdim=True)
+    share = keep.to(v.dtype)[..., None]
+    return (v.masked_fill(~keep[..., None], 0)).sum(-2, keepdim=True) / share.sum(-2, keepdim=True).clamp_min(1)

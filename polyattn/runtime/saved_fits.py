@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from polyattn.errors import FitError
-from polyattn.options import RENAMED, Options
+from polyattn.options import FIT_FIELDS, RENAMED, Options
 from polyattn.rewriter.families.family import Fit
 from polyattn.runtime import registry
 from polyattn.runtime.registry import Key
@@ -29,11 +29,6 @@ log = logging.getLogger("polyattn")
 _lock = threading.Lock()
 _loaded: dict[tuple[tuple[int, ...], str], tuple[str, Mapping[str, Any]]] = {}
 """Name and saved fit, by pointers of the owners and number of the site in its graph."""
-RELEVANT = (
-    "features", "degree", "polynomial", "rank", "centring", "causal_stats", "local_window", "causal_chunk",
-    "outlier_keys", "exact_keys",
-)  # fmt: skip
-"""Options that a fit depends on."""
 
 
 def fits(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
@@ -149,7 +144,7 @@ def _form(where: Key) -> dict[str, Any]:
     """What a fit depends on beside the tensors."""
     chosen = Options.from_key(where.options)
     return {
-        **{name: getattr(chosen, name) for name in RELEVANT},
+        **{name: getattr(chosen, name) for name in FIT_FIELDS},
         "exact_keys": list(chosen.exact_keys),
         "causal": where.causal,
         "scale": where.scale,

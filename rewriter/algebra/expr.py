@@ -8,7 +8,7 @@ index, the row-wise Kronecker product two factors with one token index in common
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import sympy
 
@@ -65,7 +65,6 @@ __all__ = [
     "N",
     "Part",
     "Poly",
-    "Program",
     "R",
     "Select",
     "Tensor",
@@ -81,8 +80,6 @@ __all__ = [
     "map_factors",
     "multiply",
     "of",
-    "rebind",
-    "rebind_tensor",
     "scalar",
     "scale",
     "sum_over",
@@ -104,6 +101,7 @@ class Factor:
         return self.tensor.name + (f"[{','.join(map(repr, self.indices))}]" if self.indices else "")
 
     def rename(self, mapping: Mapping[Index, Index]) -> Factor:
+        """The factor at other indices; those that are not mentioned stay."""
         return Factor(self.tensor, tuple(mapping.get(index, index) for index in self.indices))
 
 
@@ -116,12 +114,15 @@ class Term:
 
     @property
     def indices(self) -> frozenset[Index]:
+        """All indices of the factors."""
         return frozenset(index for factor in self.factors for index in factor.indices)
 
     def rename(self, mapping: Mapping[Index, Index]) -> Term:
+        """The term at other indices; those that are not mentioned stay."""
         return Term(self.coefficient, tuple(factor.rename(mapping) for factor in self.factors))
 
     def bound(self, out: Iterable[Index | None]) -> frozenset[Index]:
+        """The indices that are summed over where ``out`` are open."""
         return self.indices - frozenset(index for index in out if index is not None)
 
     def __repr__(self) -> str:
@@ -156,10 +157,12 @@ class Def(Tensor):
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
+        """See :attr:`Tensor.kinds`."""
         return tuple(index.kind for index in self.expr.indices)
 
     @property
     def name(self) -> str:
+        """See :attr:`Tensor.name`."""
         return self.label
 
 
@@ -173,10 +176,12 @@ class Concat(Tensor):
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
+        """See :attr:`Tensor.kinds`."""
         return (self.parts[0].indices[0].kind, self.column)
 
     @property
     def name(self) -> str:
+        """See :attr:`Tensor.name`."""
         return self.label
 
 
@@ -262,6 +267,7 @@ def add(x: Expr, y: Expr) -> Expr:
 
 
 def scale(x: Expr, c: sympy.Expr) -> Expr:
+    """The expression times a number or symbol."""
     return Expr(x.out, tuple(Term(c * t.coefficient, t.factors) for t in x.terms))
 
 
@@ -334,65 +340,6 @@ def map_factors(x: Expr, change: Callable[[Factor], Expr | None]) -> Expr:
             partial = following
         total.extend(partial)
     return collect(Expr(x.out, tuple(total)))
-
-
-@dataclass(frozen=True)
-class Program:
-    """Named intermediates in order of definition, and the outputs."""
-
-    defs: tuple[Def, ...]
-    outputs: Mapping[str, Expr]
-
-    def __getitem__(self, name: str) -> Def:
-        for definition in self.defs:
-            if definition.label == name:
-                return definition
-        raise KeyError(name)
-
-    def rewrite(self, change: Callable[[Expr], Expr]) -> Program:
-        """Apply a change to every expression; definitions inside factors are replaced by the changed ones."""
-        new: dict[str, Def] = {}
-        defs = []
-        for definition in self.defs:
-            made = Def(definition.label, change(rebind(definition.expr, new)))
-            new[made.label] = made
-            defs.append(made)
-        outputs = {name: change(rebind(expr, new)) for name, expr in self.outputs.items()}
-        return replace(self, defs=tuple(defs), outputs=outputs)
-
-    def expressions(self) -> Iterator[tuple[str, Expr]]:
-        for definition in self.defs:
-            yield definition.label, definition.expr
-        yield from self.outputs.items()
-
-
-def rebind_tensor(tensor: Tensor, new: Mapping[str, Def]) -> Tensor:
-    """The tensor with the definitions inside it replaced by those of the same name in ``new``."""
-    if isinstance(tensor, Def):
-        return new.get(tensor.label, tensor)
-    if isinstance(tensor, Map):
-        return Map(tensor.function, rebind_tensor(tensor.argument, new))
-    if isinstance(tensor, Poly):
-        return Poly(rebind_tensor(tensor.score, new), tensor.coefficients)
-    if isinstance(tensor, Feature):
-        return Feature(rebind_tensor(tensor.source, new), tensor.degree, tensor.rank)
-    if isinstance(tensor, Concat):
-        return Concat(tensor.label, tuple(rebind(part, new) for part in tensor.parts), tensor.column)
-    if isinstance(tensor, Part):
-        return Part(rebind_tensor(tensor.whole, new), tensor.part, tensor.widths)
-    return tensor
-
-
-def rebind(x: Expr, new: Mapping[str, Def]) -> Expr:
-    if not new:
-        return x
-    return Expr(
-        x.out,
-        tuple(
-            Term(t.coefficient, tuple(Factor(rebind_tensor(f.tensor, new), f.indices) for f in t.factors))
-            for t in x.terms
-        ),
-    )
 
 
 def base_tensors(tensor: Tensor) -> Iterator[Tensor]:

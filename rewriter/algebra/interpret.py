@@ -26,11 +26,11 @@ from polyattn.rewriter.algebra.expr import (
     Map,
     Part,
     Poly,
-    Program,
     Select,
     Tensor,
     Weights,
 )
+from polyattn.rewriter.algebra.programs import Program
 
 
 class Interpreter:
@@ -48,6 +48,7 @@ class Interpreter:
         self._like = next(iter(inputs.values()))
 
     def program(self, program: Program) -> dict[str, torch.Tensor]:
+        """The outputs of a program by name."""
         for definition in program.defs:
             self._values[definition.label] = self.expr(definition.expr)
         return {name: self.expr(expr) for name, expr in program.outputs.items()}

@@ -42,6 +42,7 @@ class Basis:
 
     @property
     def degree(self) -> int:
+        """The highest degree of its monomials."""
         return len(self.widths)
 
     def below(self, degree: int) -> Basis:

@@ -1,8 +1,9 @@
-"""Questions about programs, and changes of their definitions, that rules and planners share."""
+"""Programs, and what rules and planners ask about them: pairs, scores, what is read, the order of definitions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from polyattn.errors import RewriteError
 from polyattn.rewriter.algebra import expr as ir
@@ -14,11 +15,72 @@ from polyattn.rewriter.algebra.expr import (
     Feature,
     Indicator,
     Map,
+    Part,
     Poly,
-    Program,
     Tensor,
     Term,
 )
+
+
+@dataclass(frozen=True)
+class Program:
+    """Named intermediates in order of definition, and the outputs."""
+
+    defs: tuple[Def, ...]
+    outputs: Mapping[str, Expr]
+
+    def __getitem__(self, name: str) -> Def:
+        for definition in self.defs:
+            if definition.label == name:
+                return definition
+        raise KeyError(name)
+
+    def rewrite(self, change: Callable[[Expr], Expr]) -> Program:
+        """Apply a change to every expression; definitions inside factors are replaced by the changed ones."""
+        new: dict[str, Def] = {}
+        defs = []
+        for definition in self.defs:
+            made = Def(definition.label, change(rebind(definition.expr, new)))
+            new[made.label] = made
+            defs.append(made)
+        outputs = {name: change(rebind(expr, new)) for name, expr in self.outputs.items()}
+        return replace(self, defs=tuple(defs), outputs=outputs)
+
+    def expressions(self) -> Iterator[tuple[str, Expr]]:
+        """Definitions and outputs by name, in order."""
+        for definition in self.defs:
+            yield definition.label, definition.expr
+        yield from self.outputs.items()
+
+
+def rebind_tensor(tensor: Tensor, new: Mapping[str, Def]) -> Tensor:
+    """The tensor with the definitions inside it replaced by those of the same name in ``new``."""
+    if isinstance(tensor, Def):
+        return new.get(tensor.label, tensor)
+    if isinstance(tensor, Map):
+        return Map(tensor.function, rebind_tensor(tensor.argument, new))
+    if isinstance(tensor, Poly):
+        return Poly(rebind_tensor(tensor.score, new), tensor.coefficients)
+    if isinstance(tensor, Feature):
+        return Feature(rebind_tensor(tensor.source, new), tensor.degree, tensor.rank)
+    if isinstance(tensor, Concat):
+        return Concat(tensor.label, tuple(rebind(part, new) for part in tensor.parts), tensor.column)
+    if isinstance(tensor, Part):
+        return Part(rebind_tensor(tensor.whole, new), tensor.part, tensor.widths)
+    return tensor
+
+
+def rebind(x: Expr, new: Mapping[str, Def]) -> Expr:
+    """The expression with definitions replaced by those of the same name in ``new``."""
+    if not new:
+        return x
+    return Expr(
+        x.out,
+        tuple(
+            Term(t.coefficient, tuple(Factor(rebind_tensor(f.tensor, new), f.indices) for f in t.factors))
+            for t in x.terms
+        ),
+    )
 
 
 def is_pair(tensor: Tensor) -> bool:
@@ -113,11 +175,11 @@ def ordered(program: Program) -> Program:
         x = defs[label].expr
         for inner in _read(x):
             place(inner)
-        placed[label] = Def(label, ir.rebind(x, placed))
+        placed[label] = Def(label, rebind(x, placed))
 
     for label in defs:
         place(label)
-    outputs = {name: ir.rebind(x, placed) for name, x in program.outputs.items()}
+    outputs = {name: rebind(x, placed) for name, x in program.outputs.items()}
     return Program(tuple(placed.values()), outputs)
 
 

@@ -56,10 +56,12 @@ class Tensor:
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
+        """The axes, in order."""
         raise NotImplementedError
 
     @property
     def name(self) -> str:
+        """How formulas and messages call it."""
         raise NotImplementedError
 
 
@@ -72,10 +74,12 @@ class Leaf(Tensor):
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
+        """See :attr:`Tensor.kinds`."""
         return self.axes
 
     @property
     def name(self) -> str:
+        """See :attr:`Tensor.name`."""
         return self.label
 
 
@@ -91,10 +95,12 @@ class Indicator(Tensor):
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
+        """See :attr:`Tensor.kinds`."""
         return self.axes
 
     @property
     def name(self) -> str:
+        """See :attr:`Tensor.name`."""
         return {"causal": "M", "all": "M", "near": "M_near", "far": "M_far"}[self.which]
 
 
@@ -107,10 +113,12 @@ class Map(Tensor):
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
+        """See :attr:`Tensor.kinds`."""
         return self.argument.kinds
 
     @property
     def name(self) -> str:
+        """See :attr:`Tensor.name`."""
         return f"1/{self.argument.name}" if self.function == "reciprocal" else f"{self.function}({self.argument.name})"
 
 
@@ -123,14 +131,17 @@ class Poly(Tensor):
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
+        """See :attr:`Tensor.kinds`."""
         return self.score.kinds
 
     @property
     def degree(self) -> int:
+        """The highest power."""
         return len(self.coefficients) - 1
 
     @property
     def name(self) -> str:
+        """See :attr:`Tensor.name`."""
         parts = []
         for power, c in enumerate(self.coefficients):
             if c == 0:
@@ -150,10 +161,12 @@ class Feature(Tensor):
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
+        """See :attr:`Tensor.kinds`."""
         return (self.source.kinds[0], self.rank)
 
     @property
     def name(self) -> str:
+        """See :attr:`Tensor.name`."""
         return f"Φ{self.degree}({self.source.name})"
 
 
@@ -166,14 +179,17 @@ class Weights(Tensor):
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
+        """See :attr:`Tensor.kinds`."""
         return (self.rank,)
 
     @property
     def degree(self) -> int:
+        """The degree of the polynomial that they weigh monomials for."""
         return len(self.coefficients) - 1
 
     @property
     def name(self) -> str:
+        """See :attr:`Tensor.name`."""
         return f"w{self.degree}"
 
 
@@ -188,10 +204,12 @@ class Select(Tensor):
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
+        """See :attr:`Tensor.kinds`."""
         return (self.lower, self.head, self.upper)
 
     @property
     def name(self) -> str:
+        """See :attr:`Tensor.name`."""
         return "C"
 
 
@@ -206,9 +224,11 @@ class Part(Tensor):
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
+        """See :attr:`Tensor.kinds`."""
         width = self.widths[self.part]
         return (*self.whole.kinds[:-1], *(() if width is None else (width,)))
 
     @property
     def name(self) -> str:
+        """See :attr:`Tensor.name`."""
         return f"{self.whole.name}[{self.part}]"

@@ -22,9 +22,9 @@ from polyattn.rewriter.algebra.expr import (
     Map,
     Part,
     Poly,
-    Program,
     Tensor,
 )
+from polyattn.rewriter.algebra.programs import Program
 
 
 def output_axes(program: Program) -> dict[str, tuple[Kind, ...]]:

@@ -27,13 +27,24 @@ class FamilyOptions(Protocol):
     """The options that families read; see :class:`polyattn.Options`."""
 
     @property
-    def degree(self) -> int | None: ...
+    def degree(self) -> int | None:
+        """See :attr:`polyattn.Options.degree`."""
+        ...
+
     @property
-    def polynomial(self) -> str: ...
+    def polynomial(self) -> str:
+        """See :attr:`polyattn.Options.polynomial`."""
+        ...
+
     @property
-    def rank(self) -> int | None: ...
+    def rank(self) -> int | None:
+        """See :attr:`polyattn.Options.rank`."""
+        ...
+
     @property
-    def seed(self) -> int: ...
+    def seed(self) -> int:
+        """See :attr:`polyattn.Options.seed`."""
+        ...
 
 
 class ChangeOfBasis(NamedTuple):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from polyattn.rewriter.families.family import FeatureFamily
 from polyattn.rewriter.families.polynomial.family import Polynomial
+from polyattn.rewriter.families.random.family import Random
 from polyattn.rewriter.families.skeleton.family import Skeleton
 
-FAMILIES: dict[str, type[FeatureFamily]] = {family.name: family for family in (Polynomial, Skeleton)}
+FAMILIES: dict[str, type[FeatureFamily]] = {family.name: family for family in (Polynomial, Skeleton, Random)}
 DEFAULT: type[FeatureFamily] = Polynomial
 """What ``features="auto"`` means."""
 

@@ -19,12 +19,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from polyattn.rewriter.algebra.tensor import Index
+from polyattn.rewriter.notation.atoms import Apply, Features
 from polyattn.rewriter.notation.matrix import (
     AllOnes,
-    Apply,
     Diag,
     Einstein,
-    Features,
     Hadamard,
     Kronecker,
     Matrix,

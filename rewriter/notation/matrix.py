@@ -14,10 +14,8 @@ from dataclasses import dataclass, field
 import sympy
 import torch
 
-from polyattn.rewriter.algebra import monomials
-from polyattn.rewriter.algebra.interpret import take_part
 from polyattn.rewriter.algebra.tensor import Kind
-from polyattn.rewriter.notation.symbols import SUBSCRIPTS, TEXT, Style, Symbol, abs_
+from polyattn.rewriter.notation.symbols import TEXT, Style, Symbol, abs_
 
 SUM, ELEMENTWISE, PRODUCT, ATOM = range(4)
 """How tightly a formula binds: a + b, then a ∘ b and a ⊘ b, then a b, then a name."""
@@ -34,6 +32,7 @@ class Dense:
     """Width of the tensors that features are made of."""
 
     def number(self, value: sympy.Expr) -> float:
+        """A coefficient as a number."""
         return float(value.subs({s: self.scalars[s.name] for s in value.free_symbols}))
 
 
@@ -43,6 +42,7 @@ class Matrix:
     level = ATOM
 
     def write(self, style: Style) -> str:
+        """The formula as text or as LaTeX."""
         raise NotImplementedError
 
     def value(self, at: Dense) -> torch.Tensor:
@@ -65,9 +65,11 @@ class Named(Matrix):
     symbol: Symbol
 
     def write(self, style: Style) -> str:
+        """See :meth:`Matrix.write`."""
         return style.name(self.symbol)
 
     def value(self, at: Dense) -> torch.Tensor:
+        """See :meth:`Matrix.value`."""
         return at.names[self.symbol.text]
 
 
@@ -78,9 +80,11 @@ class Ones(Matrix):
     kind: Kind = field(repr=False)
 
     def write(self, style: Style) -> str:
+        """See :meth:`Matrix.write`."""
         return style.mark("1", r"\mathbf{1}")
 
     def value(self, at: Dense) -> torch.Tensor:
+        """See :meth:`Matrix.value`."""
         return torch.ones(at.sizes[self.kind], 1, dtype=torch.float64)
 
 
@@ -93,9 +97,11 @@ class AllOnes(Matrix):
     level = PRODUCT
 
     def write(self, style: Style) -> str:
+        """See :meth:`Matrix.write`."""
         return style.mark("1 1ᵀ", r"\mathbf{1}\, \mathbf{1}^{\top}")
 
     def value(self, at: Dense) -> torch.Tensor:
+        """See :meth:`Matrix.value`."""
         return torch.ones(at.sizes[self.row], at.sizes[self.column], dtype=torch.float64)
 
 
@@ -106,9 +112,11 @@ class Transpose(Matrix):
     x: Matrix
 
     def write(self, style: Style) -> str:
+        """See :meth:`Matrix.write`."""
         return self.x.inside(style, ATOM) + style.mark("ᵀ", r"^{\top}")
 
     def value(self, at: Dense) -> torch.Tensor:
+        """See :meth:`Matrix.value`."""
         return self.x.value(at).t()
 
 
@@ -121,9 +129,11 @@ class Product(Matrix):
     level = PRODUCT
 
     def write(self, style: Style) -> str:
+        """See :meth:`Matrix.write`."""
         return f"{self.left.inside(style, PRODUCT)}{style.mark(' ', chr(92) + ', ')}{self.right.inside(style, ATOM)}"
 
     def value(self, at: Dense) -> torch.Tensor:
+        """See :meth:`Matrix.value`."""
         return self.left.value(at) @ self.right.value(at)
 
 
@@ -135,9 +145,11 @@ class Hadamard(Matrix):
     level = ELEMENTWISE
 
     def write(self, style: Style) -> str:
+        """See :meth:`Matrix.write`."""
         return style.join([part.inside(style, ATOM) for part in self.parts], "∘", r"\circ")
 
     def value(self, at: Dense) -> torch.Tensor:
+        """See :meth:`Matrix.value`."""
         return functools.reduce(torch.mul, (part.value(at) for part in self.parts))
 
 
@@ -150,9 +162,11 @@ class Kronecker(Matrix):
     level = ELEMENTWISE
 
     def write(self, style: Style) -> str:
+        """See :meth:`Matrix.write`."""
         return style.join([self.left.inside(style, PRODUCT), self.right.inside(style, PRODUCT)], "⊘", r"\oslash")
 
     def value(self, at: Dense) -> torch.Tensor:
+        """See :meth:`Matrix.value`."""
         return (self.left.value(at).unsqueeze(2) * self.right.value(at).unsqueeze(1)).flatten(1)
 
 
@@ -163,9 +177,11 @@ class Diag(Matrix):
     x: Matrix
 
     def write(self, style: Style) -> str:
+        """See :meth:`Matrix.write`."""
         return style.mark("diag", r"\mathrm{diag}") + f"({self.x.write(style)})"
 
     def value(self, at: Dense) -> torch.Tensor:
+        """See :meth:`Matrix.value`."""
         return torch.diag(self.x.value(at)[:, 0])
 
 
@@ -178,6 +194,8 @@ class Ratio(Matrix):
     level = ELEMENTWISE
 
     def write(self, style: Style) -> str:
+        """See :meth:`Matrix.write`."""
+
         def side(names: tuple[Named, ...]) -> list[str]:
             return [style.power(n.write(style), names.count(n)) for n in dict.fromkeys(names)]
 
@@ -187,109 +205,9 @@ class Ratio(Matrix):
         return above + (f"/({below})" if len(set(self.below)) > 1 else f"/{below}" if below else "")
 
     def value(self, at: Dense) -> torch.Tensor:
+        """See :meth:`Matrix.value`."""
         total = functools.reduce(torch.mul, (n.value(at) for n in self.above), torch.ones((), dtype=torch.float64))
         return functools.reduce(torch.div, (n.value(at) for n in self.below), total)
-
-
-@dataclass(frozen=True)
-class Apply(Matrix):
-    """An elementwise function: exp, or a polynomial by its name."""
-
-    function: Symbol
-    x: Matrix
-    coefficients: tuple[sympy.Expr, ...] | None = None
-
-    def write(self, style: Style) -> str:
-        return f"{style.name(self.function)}({self.x.write(style)})"
-
-    def value(self, at: Dense) -> torch.Tensor:
-        x = self.x.value(at)
-        if self.coefficients is None:
-            return {"exp": torch.exp, "1/": torch.reciprocal}[self.function.text](x)
-        powers = [at.number(c) * x**m for m, c in enumerate(self.coefficients)]
-        return functools.reduce(torch.add, powers)
-
-
-@dataclass(frozen=True)
-class Features(Matrix):
-    """The monomials of degree at most g of every row: Φ_g(X)."""
-
-    degree: int
-    x: Matrix
-
-    def write(self, style: Style) -> str:
-        head = style.mark("Φ" + str(self.degree).translate(SUBSCRIPTS), rf"\Phi_{{{self.degree}}}")
-        return f"{head}({self.x.write(style)})"
-
-    def value(self, at: Dense) -> torch.Tensor:
-        return monomials.generate(self.x.value(at), monomials.full(at.head, self.degree))
-
-
-@dataclass(frozen=True)
-class WeightColumn(Matrix):
-    """w_α = c_|α| |α|!/α!, a column over the monomials."""
-
-    coefficients: tuple[sympy.Expr, ...]
-
-    def write(self, style: Style) -> str:
-        sizes = style.mark("c_|α| · |α|!/α!", r"c_{|\alpha|} \cdot |\alpha|!/\alpha!")
-        return f"[{sizes}]_α" if not style.latex else rf"[{sizes}]_\alpha"
-
-    def value(self, at: Dense) -> torch.Tensor:
-        numbers = [at.number(c) for c in self.coefficients]
-        return torch.as_tensor(monomials.weights(numbers, monomials.full(at.head, len(numbers) - 1))).unsqueeze(1)
-
-
-@dataclass(frozen=True)
-class Selection(Matrix):
-    """C[(β, α), a] = 1 where x^α = x^β x_a: (U ⊘ T) C picks columns of T, (·)[i, a] = Σ_β U[i, β] T[i, β·x_a]."""
-
-    degree: int
-
-    def write(self, style: Style) -> str:
-        return style.mark("[x^α = x^β · x_a]", r"[x^\alpha = x^\beta \cdot x_a]")
-
-    def value(self, at: Dense) -> torch.Tensor:
-        basis = monomials.full(at.head, self.degree)
-        sigma = torch.as_tensor(monomials.selection(basis))
-        full = torch.zeros(*sigma.shape, monomials.rank(basis), dtype=torch.float64)
-        return full.scatter(2, sigma.unsqueeze(2), 1.0).transpose(1, 2).flatten(0, 1)
-
-
-@dataclass(frozen=True)
-class Stacked(Matrix):
-    """[U, V]: columns side by side."""
-
-    parts: tuple[Matrix, ...]
-
-    def write(self, style: Style) -> str:
-        return "[" + ", ".join(part.write(style) for part in self.parts) + "]"
-
-    def value(self, at: Dense) -> torch.Tensor:
-        return torch.cat([part.value(at) for part in self.parts], dim=1)
-
-
-@dataclass(frozen=True)
-class Columns(Matrix):
-    """Some columns of a stack, X[:, :e] or X[:, e]."""
-
-    x: Matrix
-    part: int
-    widths: tuple[Kind | None, ...]
-
-    def write(self, style: Style) -> str:
-        sizes = [sympy.Integer(1) if kind is None else kind.size for kind in self.widths]
-        start = sum(sizes[: self.part], sympy.Integer(0))
-        stop = start + sizes[self.part]
-        if self.widths[self.part] is None:
-            which = str(start)
-        else:
-            which = ("" if start == 0 else str(start)) + ":" + ("" if self.part == len(sizes) - 1 else str(stop))
-        return f"{self.x.inside(style, ATOM)}[:, {which}]"
-
-    def value(self, at: Dense) -> torch.Tensor:
-        taken = take_part(self.x.value(at), self.part, self.widths)
-        return taken.unsqueeze(1) if taken.ndim == 1 else taken
 
 
 @dataclass(frozen=True)
@@ -300,9 +218,11 @@ class Sum(Matrix):
 
     @property
     def level(self) -> int:  # type: ignore[override]
+        """How tightly the combination binds: one part alone binds as it does by itself."""
         return self.parts[0][1].level if len(self.parts) == 1 and self.parts[0][0] == 1 else SUM
 
     def write(self, style: Style) -> str:
+        """See :meth:`Matrix.write`."""
         text = ""
         for coefficient, part in self.parts:
             minus = coefficient.could_extract_minus_sign()
@@ -315,6 +235,7 @@ class Sum(Matrix):
         return text or "0"
 
     def value(self, at: Dense) -> torch.Tensor:
+        """See :meth:`Matrix.value`."""
         return functools.reduce(torch.add, (at.number(c) * part.value(at) for c, part in self.parts))
 
 
@@ -327,12 +248,14 @@ class Einstein(Matrix):
     level = PRODUCT
 
     def write(self, style: Style) -> str:
+        """See :meth:`Matrix.write`."""
         summed = dict.fromkeys(letter for _, letters in self.parts for letter in letters if letter not in self.out)
         sigma = style.mark("Σ_", r"\sum_") + ("{" + ",".join(summed) + "}" if len(summed) > 1 else "".join(summed))
         factors = [f"{part.inside(style, ATOM)}[{','.join(letters)}]" for part, letters in self.parts]
         return (sigma + " " if summed else "") + " ".join(factors)
 
     def value(self, at: Dense) -> torch.Tensor:
+        """See :meth:`Matrix.value`."""
         dense = [(part.value(at), letters) for part, letters in self.parts]
         sizes: dict[str, int] = {}
         for value, letters in dense:

@@ -17,7 +17,8 @@ import sympy
 
 from polyattn.errors import RewriteError
 from polyattn.rewriter.algebra import expr as ir
-from polyattn.rewriter.algebra.expr import Concat, Def, Expr, Factor, Program, Term
+from polyattn.rewriter.algebra.expr import Concat, Def, Expr, Factor, Term
+from polyattn.rewriter.algebra.programs import Program
 from polyattn.rewriter.algebra.tensor import (
     Feature,
     Indicator,
@@ -30,19 +31,8 @@ from polyattn.rewriter.algebra.tensor import (
     Weights,
 )
 from polyattn.rewriter.notation.assemble import Piece, assemble
-from polyattn.rewriter.notation.matrix import (
-    AllOnes,
-    Apply,
-    Columns,
-    Features,
-    Matrix,
-    Named,
-    Ratio,
-    Selection,
-    Stacked,
-    Sum,
-    WeightColumn,
-)
+from polyattn.rewriter.notation.atoms import Apply, Columns, Features, Selection, Stacked, WeightColumn
+from polyattn.rewriter.notation.matrix import AllOnes, Matrix, Named, Ratio, Sum
 from polyattn.rewriter.notation.symbols import LATEX, TEXT, Style, Symbol, symbol
 
 ONE = sympy.Integer(1)
@@ -132,7 +122,7 @@ class Notation:
         self.program = program
         self.reads = _reads(program)
         self.folded = self._folded()
-        self.polynomials, self.weights = Family("p"), Family("w")
+        self.functions, self.weights = Family("p"), Family("w")
         self.own: dict[str, Line] = {}
         """Lines of the notation's own by name, in order of first use."""
         self.stacks: dict[str, Symbol] = {}
@@ -141,7 +131,7 @@ class Notation:
         self.exponentials: dict[Tensor, Symbol] = {}
         found = [t for _, x in program.expressions() for t in tensors(x)]
         for poly in sorted((t for t in found if isinstance(t, Poly) and t.degree), key=lambda t: -t.degree):
-            self.polynomials.find(poly.coefficients)
+            self.functions.find(poly.coefficients)
         for weights in sorted((t for t in found if isinstance(t, Weights)), key=lambda t: -t.degree):
             self.weights.find(weights.coefficients)
         for tensor in found:
@@ -203,6 +193,7 @@ class Notation:
     # -- lines -------------------------------------------------------------------------------------------------------
 
     def lines(self) -> tuple[Line, ...]:
+        """The formulas in order, then the notation's own: p, w and C."""
         made: list[Line] = []
         placed: set[str] = set()
 
@@ -248,9 +239,9 @@ class Notation:
         if isinstance(tensor, Poly):
             if tensor.degree == 0:
                 return tensor.coefficients[0], [Piece(AllOnes(*tensor.kinds), ends)]
-            extra, name, own = self.polynomials.find(tensor.coefficients)
+            extra, name, own = self.functions.find(tensor.coefficients)
             score = self.tensor(tensor.score)
-            self._own(name, score, lambda style: f"{style.name(name)}(x) = {_polynomial(own, style)}")
+            self._own(name, score, lambda style: f"{style.name(name)}(x) = {_written_in_x(own, style)}")
             return extra, [Piece(Apply(name, score, own), ends)]
         if isinstance(tensor, Weights):
             extra, weight = self.weight(tensor.coefficients)
@@ -265,7 +256,7 @@ class Notation:
         extra, name, own = self.weights.find(coefficients)
 
         def note(style: Style) -> str:
-            listed = ", ".join(_polynomial((c,), style) for c in own)
+            listed = ", ".join(_written_in_x((c,), style) for c in own)
             formula = style.mark("[α] = c_|α| |α|!/α!", r"[\alpha] = c_{|\alpha|}\, |\alpha|!/\alpha!")
             return f"{style.name(name)}{formula}, c = ({listed})"
 
@@ -334,7 +325,7 @@ class Notation:
         return Apply(Symbol("1/", "1/"), inner)
 
 
-def _polynomial(coefficients: Coefficients, style: Style) -> str:
+def _written_in_x(coefficients: Coefficients, style: Style) -> str:
     parts = []
     for power, c in enumerate(coefficients):
         base = style.power("x", power) if power else ""

@@ -14,10 +14,12 @@ from dataclasses import dataclass, replace
 import sympy
 
 from polyattn.rewriter.algebra import expr as ir
-from polyattn.rewriter.algebra.expr import Concat, Expr, Program
+from polyattn.rewriter.algebra.expr import Concat, Expr
+from polyattn.rewriter.algebra.programs import Program
 from polyattn.rewriter.algebra.tensor import Index, Kind, Select
 from polyattn.rewriter.notation.assemble import Piece, Vertex, assemble
-from polyattn.rewriter.notation.matrix import Apply, Columns, Features, Matrix, Named, Ones, Ratio, Stacked, Sum
+from polyattn.rewriter.notation.atoms import Apply, Columns, Features, Stacked
+from polyattn.rewriter.notation.matrix import Matrix, Named, Ones, Ratio, Sum
 from polyattn.rewriter.notation.printer import Notation, tensors
 from polyattn.rewriter.notation.symbols import Symbol, symbol
 from polyattn.rewriter.planning.order import plan

@@ -45,15 +45,19 @@ class Style:
     latex: bool
 
     def name(self, of: Symbol) -> str:
+        """A symbol in this style."""
         return of.latex if self.latex else of.text
 
     def mark(self, text: str, latex: str) -> str:
+        """The text or its LaTeX."""
         return latex if self.latex else text
 
     def join(self, parts: Sequence[str], text: str, latex: str) -> str:
+        """Parts with an operator between them."""
         return f" {latex if self.latex else text} ".join(parts)
 
     def power(self, base: str, exponent: int) -> str:
+        """A base with its exponent, which 1 does not show."""
         if exponent == 1:
             return base
         return f"{base}^{{{exponent}}}" if self.latex else base + str(exponent).translate(_SUPERSCRIPTS)

@@ -27,11 +27,11 @@ from polyattn.rewriter.algebra.expr import (
     Leaf,
     Map,
     Part,
-    Program,
     Select,
     Tensor,
     Weights,
 )
+from polyattn.rewriter.algebra.programs import Program
 from polyattn.rewriter.planning.plan import Node, Plan, node
 from polyattn.rewriter.planning.verify import verify
 

@@ -44,6 +44,7 @@ class Node:
 
     @property
     def tokens(self) -> int:
+        """The number of token axes."""
         return sum(kind.token for kind in self.axes)
 
     @property

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from polyattn.rewriter.algebra import expr as ir
-from polyattn.rewriter.algebra.expr import Def, Expr, Factor, Program, Tensor
-from polyattn.rewriter.algebra.programs import prune
+from polyattn.rewriter.algebra.expr import Def, Expr, Factor, Tensor
+from polyattn.rewriter.algebra.programs import Program, prune
 from polyattn.rewriter.rules.rule import Rule
 
 

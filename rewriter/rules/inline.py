@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from polyattn.rewriter.algebra import expr as ir
-from polyattn.rewriter.algebra.expr import Def, Expr, Factor, Program
-from polyattn.rewriter.algebra.programs import is_pair, prune, scores
+from polyattn.rewriter.algebra.expr import Def, Expr, Factor
+from polyattn.rewriter.algebra.programs import Program, is_pair, prune, scores
 from polyattn.rewriter.algebra.verify import output_axes
 from polyattn.rewriter.rules.rule import Rule
 

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from polyattn.rewriter.algebra import expr as ir
-from polyattn.rewriter.algebra.expr import Def, Expr, Factor, Kind, Leaf, Program, Term
-from polyattn.rewriter.algebra.programs import prune
+from polyattn.rewriter.algebra.expr import Def, Expr, Factor, Kind, Leaf, Term
+from polyattn.rewriter.algebra.programs import Program, prune
 from polyattn.rewriter.algebra.tensor import DIRECTION, KEY, QUERY
 from polyattn.rewriter.algebra.verify import output_axes
 from polyattn.rewriter.rules.rule import Rule

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from polyattn.rewriter.algebra import expr as ir
-from polyattn.rewriter.algebra.expr import Def, Expr, Factor, Index, Program, Term
-from polyattn.rewriter.algebra.programs import is_pair
+from polyattn.rewriter.algebra.expr import Def, Expr, Factor, Index, Term
+from polyattn.rewriter.algebra.programs import Program, is_pair, rebind
 from polyattn.rewriter.rules.rule import Rule
 
 
@@ -35,11 +35,11 @@ class Reuse(Rule):
 
         new: dict[str, Def] = {}
         for definition in program.defs:
-            made = Def(definition.label, change(ir.rebind(definition.expr, new)))
+            made = Def(definition.label, change(rebind(definition.expr, new)))
             new[made.label] = made
             if not is_pair(made) and len(made.expr.terms) == 1 and made.expr.terms[0].coefficient == 1:
                 known.append(made)
-        return Program(tuple(new.values()), {name: change(ir.rebind(x, new)) for name, x in program.outputs.items()})
+        return Program(tuple(new.values()), {name: change(rebind(x, new)) for name, x in program.outputs.items()})
 
 
 def _reuse_in(term: Term, out: Sequence[Index | None], definition: Def) -> Term:

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 import sympy
 
 from polyattn.errors import RewriteError
-from polyattn.rewriter.algebra.expr import Kind, Leaf, Program
+from polyattn.rewriter.algebra.expr import Kind, Leaf
+from polyattn.rewriter.algebra.programs import Program
 from polyattn.rewriter.algebra.verify import output_axes, verify
 
 

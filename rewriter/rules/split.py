@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from polyattn.rewriter.algebra import expr as ir
-from polyattn.rewriter.algebra.expr import Expr, Factor, Indicator, Program
-from polyattn.rewriter.algebra.programs import factors
+from polyattn.rewriter.algebra.expr import Expr, Factor, Indicator
+from polyattn.rewriter.algebra.programs import Program, factors
 from polyattn.rewriter.masks.mask import Mask
 from polyattn.rewriter.rules.rule import Rule
 

@@ -27,14 +27,13 @@ from polyattn.rewriter.algebra.expr import (
     Kind,
     Map,
     Part,
-    Program,
     Select,
     Term,
     Weights,
     avoid,
     collect,
 )
-from polyattn.rewriter.algebra.programs import is_pair, ordered
+from polyattn.rewriter.algebra.programs import Program, is_pair, ordered
 from polyattn.rewriter.rules.rule import Rule
 
 ONE = sympy.Integer(1)

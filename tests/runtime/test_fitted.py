@@ -45,7 +45,7 @@ def operands(
 
 
 def options_of(mask: str, **more: Any) -> dict[str, Any]:
-    chunk = {"causal": {"causal_chunk": 16}, "band": {"near_field": 16}}.get(mask, {})
+    chunk = {"causal": {"causal_chunk": 16}, "band": {"local_window": 16}}.get(mask, {})
     return {**LOW, **chunk, **more}
 
 
@@ -82,7 +82,7 @@ def check(inputs: list[torch.Tensor], mask: str, gradient: str, **more: Any) -> 
         {"polynomial": "minimax", "degree": 3},
         {"polynomial": "least_squares", "degree": 3, "rank": 60},
         {"polynomial": "taylor", "degree": 4, "rank": 90},
-        {"polynomial": "least_squares", "degree": 2, "rank": 20, "shift": False},
+        {"polynomial": "least_squares", "degree": 2, "rank": 20, "centring": False},
         {"features": "skeleton", "rank": 24},
     ],
     ids=str,
@@ -145,7 +145,7 @@ def test_a_near_field_helps_heads_that_look_at_their_neighbourhood() -> None:
     found = {}
     for near in (None, 8, 32):
         registry.reset()
-        out = polyattn.attention(q, k, v, options={**LOW, "features": "skeleton", "rank": 64, "near_field": near})
+        out = polyattn.attention(q, k, v, options={**LOW, "features": "skeleton", "rank": 64, "local_window": near})
         found[near] = float((out - exact).norm() / exact.norm())
     assert found[8] < 0.3 * found[None], found
     assert found[32] < 0.3 * found[None], found
@@ -155,7 +155,7 @@ def test_the_report_names_family_coefficients_widths_and_near_field() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, x = Model(), torch.randn(2, 80, 12, dtype=torch.float64)
-    options = {**LOW, "polynomial": "least_squares", "degree": 3, "rank": 40, "near_field": 8, "inner": "eager"}
+    options = {**LOW, "polynomial": "least_squares", "degree": 3, "rank": 40, "local_window": 8, "inner": "eager"}
     compiled = torch.compile(model, backend="polyattn", options=options)
     compiled(x).square().mean().backward()
     (site,) = polyattn.reports()[0].sites

@@ -38,7 +38,7 @@ def test_key_mask(name: str, policy: str) -> None:
         x = q @ k.repeat_interleave(2, 1).mT / math.sqrt(5)
         a = (x.exp() if causal else 1 + x + x * x / 2).masked_fill(~full, 0.0)  # with one chunk all of it is exact
         wanted = a / a.sum(-1, keepdim=True) @ v.repeat_interleave(2, 1)
-    options = {"policy": policy, "causal_chunk": 32, "audit_rows": 0, "shift": False}
+    options = {"policy": policy, "causal_chunk": 32, "audit_rows": 0, "centring": False}
     found = polyattn.attention(q, k, v, key_mask=mask, causal=causal, options=options)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
     for x, y in zip(torch.autograd.grad(found, (q, k, v), g), torch.autograd.grad(wanted, (q, k, v), g), strict=True):

@@ -302,7 +302,7 @@ def test_a_mask_that_does_not_fit_is_a_named_error(size: tuple[int, ...]) -> Non
 
 MEMORY = """
 import resource, sys, torch
-from polyattn import masked, ops
+from polyattn.runtime import masked, ops
 n, shape = int(sys.argv[1]), sys.argv[2]
 torch.manual_seed(0)
 q, k, v = (torch.randn(2, 8, n, 16, requires_grad=True) for _ in range(3))

@@ -17,6 +17,7 @@ from sites import only_state
 import polyattn
 from polyattn import errors
 from polyattn.runtime import registry
+from polyattn.site_plan import SitePlan
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +30,7 @@ def agree(options: dict[str, object], causal: bool, shape: tuple[int, ...], chun
     q, k, v, g = operands(*shape)
     degree, substituted = options["degree"], options.get("gradient") == "substituted"
     assert isinstance(degree, int)
-    shift = polyattn.Options.make(options).resolved_shift(causal)
+    shift = SitePlan.of(polyattn.Options.make(options), causal, 1.0, 4, "cpu").centring
     wanted = dense_polynomial(q, k, v, degree, causal, chunk, substituted, shift)
     found = polyattn.attention(
         q, k, v, causal=causal, options={**options, "policy": "low_rank", "causal_chunk": chunk, "audit_rows": 0}
@@ -97,7 +98,7 @@ def test_random_shapes(
 ) -> None:
     registry.reset()
     exact_rows = agree(
-        {"degree": degree, "gradient": gradient, "shift": shift, "causal_stats": causal_stats},
+        {"degree": degree, "gradient": gradient, "centring": shift, "causal_stats": causal_stats},
         causal,
         (batch, kv * groups, kv, n_q, n_k, d, e),
         chunk,
@@ -151,7 +152,7 @@ def test_rows_without_a_positive_denominator_are_computed_exactly(causal: bool) 
     with torch.no_grad():
         k.add_(1.0)
         q[..., ::3, :] = -3.0
-    options = {"policy": "low_rank", "degree": 1, "causal_chunk": 1, "audit_rows": 0, "shift": False}
+    options = {"policy": "low_rank", "degree": 1, "causal_chunk": 1, "audit_rows": 0, "centring": False}
     ours = polyattn.attention(q, k, v, causal=causal, options=options)
     exact = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     state = only_state()

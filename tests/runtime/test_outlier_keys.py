@@ -58,7 +58,7 @@ def dense(
     chunk, band, d = None if mask == "none" else CHUNK, mask == "band", inputs[0].shape[-1]
     if more.get("features") == "skeleton":
         return dense_skeleton(*inputs, state.fitted, substituted, chunk, band, heavy)
-    degree, shift = more["degree"], "none" if more.get("shift") is False else more.get("causal_stats", "call")
+    degree, shift = more["degree"], "none" if more.get("centring") is False else more.get("causal_stats", "call")
     if state.fitted is None:
         return dense_polynomial(*inputs, degree, mask == "causal", CHUNK, substituted, shift, heavy)
     widths = state.widths or (d,) * degree
@@ -68,8 +68,8 @@ def dense(
 def check(inputs: list[torch.Tensor], mask: str, gradient: str, heavy: tuple[int, tuple[int, ...]], **more: Any) -> int:
     """Output and gradients; the number of rows that were computed exactly, of which nothing is checked."""
     registry.reset()
-    chunk = {"causal": {"causal_chunk": CHUNK}, "band": {"near_field": CHUNK}}.get(mask, {})
-    options = {**LOW, **chunk, **more, "gradient": gradient, "heavy_keys": heavy[0], "exact_keys": heavy[1]}
+    chunk = {"causal": {"causal_chunk": CHUNK}, "band": {"local_window": CHUNK}}.get(mask, {})
+    options = {**LOW, **chunk, **more, "gradient": gradient, "outlier_keys": heavy[0], "exact_keys": heavy[1]}
     found = polyattn.attention(*inputs, causal=mask == "causal", options=options)
     assert bool(found.isfinite().all())
     if only_state().exact_rows:
@@ -107,7 +107,7 @@ def test_equals_the_densely_written_approximation(mask: str, gradient: str, fami
     e=st.integers(1, 6),
     count=st.integers(0, 9),
     positions=st.lists(st.integers(0, 60), max_size=4),
-    more=st.sampled_from([{}, {"shift": False}, {"causal_stats": "first_chunk"}]),
+    more=st.sampled_from([{}, {"centring": False}, {"causal_stats": "first_chunk"}]),
 )
 def test_any_size(
     causal: bool,
@@ -132,7 +132,7 @@ def test_any_size(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_of_which_every_key_is_heavy_are_exact_attention(family: str) -> None:
     inputs = operands(n_q=20, n_k=20)
-    found = polyattn.attention(*inputs, options={**LOW, **FAMILIES[family], "heavy_keys": 20})
+    found = polyattn.attention(*inputs, options={**LOW, **FAMILIES[family], "outlier_keys": 20})
     wanted = F.scaled_dot_product_attention(*inputs, enable_gqa=True)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
     assert only_state().exact_rows == 0
@@ -144,7 +144,7 @@ def test_heavy_keys_whose_exponentials_overflow(dtype: torch.dtype) -> None:
     q, k, v = (x.detach().to(dtype).requires_grad_() for x in operands(1, 2, 2))
     with torch.no_grad():
         k[:, :, 0] *= 1e4
-    found = polyattn.attention(q, k, v, options={**LOW, "heavy_keys": 2, "exact_keys": (0,)})
+    found = polyattn.attention(q, k, v, options={**LOW, "outlier_keys": 2, "exact_keys": (0,)})
     wanted = F.scaled_dot_product_attention(q, k, v)
     g = torch.ones_like(wanted)
     limit = 1e-2  # of polynomials of degree 2 on the other keys
@@ -165,7 +165,7 @@ def errors(inputs: list[torch.Tensor], **options: Any) -> float:
 def test_they_pay_where_a_few_keys_are_large() -> None:
     inputs = operands(n_q=300, n_k=300)
     for family in FAMILIES.values():
-        plain, named, chosen = (errors(inputs, **family, **x) for x in ({}, {"exact_keys": (0,)}, {"heavy_keys": 3}))
+        plain, named, chosen = (errors(inputs, **family, **x) for x in ({}, {"exact_keys": (0,)}, {"outlier_keys": 3}))
         assert chosen < 0.5 * plain, (family, plain, chosen)
         assert chosen < named, (family, named, chosen)
 
@@ -176,12 +176,12 @@ def test_the_largest_keys_are_chosen_by_norm_around_the_mean() -> None:
     with torch.no_grad():
         inputs[1].mul_(0.1).add_(3)
         inputs[1][:, :, [7, 130]] -= 2
-    assert errors(inputs, degree=2, heavy_keys=2) < 0.05 * errors(inputs, degree=2)
+    assert errors(inputs, degree=2, outlier_keys=2) < 0.05 * errors(inputs, degree=2)
 
 
 def test_through_a_compiled_model_and_in_the_report() -> None:
     model, x = Model(), torch.randn(1, 70, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    options = {**LOW, "inner": "eager", "heavy_keys": 3, "exact_keys": (0,)}
+    options = {**LOW, "inner": "eager", "outlier_keys": 3, "exact_keys": (0,)}
     compiled = torch.compile(model, backend="polyattn", options=options)
     compiled(x).sum().backward()
     state = only_state()
@@ -197,7 +197,8 @@ def test_through_a_compiled_model_and_in_the_report() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"heavy_keys": -1}, {"heavy_keys": 2000}, {"exact_keys": (-1,)}, {"exact_keys": 3}, {"exact_keys": (0.5,)}]
+    "bad",
+    [{"outlier_keys": -1}, {"outlier_keys": 2000}, {"exact_keys": (-1,)}, {"exact_keys": 3}, {"exact_keys": (0.5,)}],
 )
 def test_bad_options_say_what_is_allowed(bad: dict[str, Any]) -> None:
     with pytest.raises(OptionValueError, match=next(iter(bad))):
@@ -205,6 +206,6 @@ def test_bad_options_say_what_is_allowed(bad: dict[str, Any]) -> None:
 
 
 def test_options_survive_their_key() -> None:
-    options = Options(exact_keys=(5, 0, 5), heavy_keys=2)
+    options = Options(exact_keys=(5, 0, 5), outlier_keys=2)
     assert options.exact_keys == (0, 5)
     assert Options.from_key(options.key()) == options

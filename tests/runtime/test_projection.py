@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from dense import dense_fitted_polynomial, dense_polynomial, dense_skeleton
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rules import kernels
 from sites import Model, only_state
 
 import polyattn
 from polyattn.errors import OptionValueError
 from polyattn.options import Options
 from polyattn.passes.derive.forms import softmax
+from polyattn.passes.derive.kernels import kernels
 from polyattn.rewriter.algebra.expr import R
 from polyattn.rewriter.algebra.tensor import D1, E1, D, E
 from polyattn.rewriter.families.polynomial.family import Polynomial
@@ -29,11 +29,11 @@ from polyattn.site_plan import ProjectionRanks, SitePlan
 LOW: dict[str, Any] = {"policy": "low_rank", "audit_rows": 0, "gradient": "substituted", "causal_chunk": 16}
 FAMILIES: dict[str, dict[str, Any]] = {
     "Taylor 2": {"degree": 2},
-    "not shifted": {"degree": 3, "shift": False},
+    "not shifted": {"degree": 3, "centring": False},
     "nested": {"degree": 3, "rank": 60, "polynomial": "least_squares"},
     "skeleton": {"features": "skeleton", "rank": 24},
-    "band": {"features": "skeleton", "rank": 24, "near_field": 16},
-    "heavy keys": {"degree": 2, "heavy_keys": 3},
+    "band": {"features": "skeleton", "rank": 24, "local_window": 16},
+    "heavy keys": {"degree": 2, "outlier_keys": 3},
 }
 
 
@@ -93,7 +93,7 @@ def dense_gradients(
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if options.get("features") == "skeleton":
             return dense_skeleton(q, k, v, state.fitted, True, chunk)
-        shift = "none" if options.get("shift") is False else "call"
+        shift = "none" if options.get("centring") is False else "call"
         if state.fitted is None:
             return dense_polynomial(q, k, v, options["degree"], causal, 16, True, shift)
         return dense_fitted_polynomial(q, k, v, state.fitted, state.widths, True, chunk, False, shift)
@@ -195,7 +195,8 @@ def test_they_belong_to_the_substituted_gradient() -> None:
     for bad in ({"key_directions": 4}, {"value_directions": 0, "gradient": "substituted"}):
         with pytest.raises(OptionValueError, match=next(iter(bad))):
             Options.make(bad)
-    assert Options(gradient="substituted", key_directions=4).resolved_gradient == "projected"
+    projected = Options(gradient="substituted", key_directions=4)
+    assert SitePlan.of(projected, False, 1.0, 8, "cpu").gradient == "projected"
 
 
 def test_the_report_says_so_and_derives_it() -> None:

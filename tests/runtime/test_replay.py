@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import polyattn
 from polyattn.runtime import audit as auditing
-from polyattn.runtime import registry, replay
+from polyattn.runtime import policy, registry, replay
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -68,7 +68,7 @@ def test_equal_tensors_before_and_after_a_change_of_plan(monkeypatch: pytest.Mon
     # Backward passes run in reverse order: the last call with these tensors is the first to be run again.
     x = tokens()
     first = checkpoint(attend, x, use_reentrant=False).square().sum()
-    monkeypatch.setattr(auditing, "measure", lambda *args: (1.0, 1.0))
+    monkeypatch.setattr(auditing, "measure", lambda *args: policy.Errors(1.0, 1.0))
     second = checkpoint(attend, x, use_reentrant=False).square().sum()
     assert [state.verdict for state in all_states()] == ["exact"]
     torch.autograd.backward([first, second])
@@ -91,10 +91,10 @@ def test_a_recompute_is_never_audited(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_under_low_rank_and_exact_calls_are_counted_once() -> None:
-    for policy in ("low_rank", "exact"):
+    for chosen in ("low_rank", "exact"):
         registry.reset()
 
-        def attention(x: torch.Tensor, policy: str = policy) -> torch.Tensor:
+        def attention(x: torch.Tensor, policy: str = chosen) -> torch.Tensor:
             return polyattn.attention(x, x, x, options={"policy": policy, "audit_every": 1})
 
         for _ in range(2):

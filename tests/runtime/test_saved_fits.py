@@ -49,7 +49,7 @@ def off(tensors: list[torch.Tensor], out: torch.Tensor) -> float:
 
 def test_a_fit_whose_audit_fails_is_made_anew() -> None:
     def attend(tensors: list[torch.Tensor], **more: Any) -> float:
-        return off(tensors, polyattn.attention(*tensors, options={**SKELETON, "audit_every": 2, "rank": 16, **more}))
+        return off(tensors, polyattn.attention(*tensors, options={**SKELETON, "audit_every": 2, "rank": 64, **more}))
 
     first = attend(heads(False), policy="auto", tolerance=0.05)
     state = only_state()

@@ -7,8 +7,14 @@ from collections.abc import Callable
 
 import torch
 
+from polyattn.rewriter.families.family import FeatureFamily
+from polyattn.rewriter.families.polynomial.family import Polynomial
+from polyattn.rewriter.families.skeleton.family import Skeleton
+from polyattn.rewriter.masks.mask import LOCAL_WINDOW
+from polyattn.site_plan import SitePlan
+
 Approximate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""From shifted queries, shifted keys (one for each query head) and their logits to what stands for exp."""
+"""From centred queries, centred keys (one for each query head) and their logits to what stands for exp."""
 Heavy = tuple[int, tuple[int, ...]]
 
 
@@ -23,12 +29,9 @@ def dense_polynomial(
     shift: str = "none",
     heavy: Heavy = (0, ()),
 ) -> torch.Tensor:
-    """Attention through the polynomial of a degree."""
-
-    def polynomial(q: torch.Tensor, k: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return torch.stack([x**m / math.factorial(m) for m in range(degree + 1)]).sum(0)
-
-    return _dense(q, k, v, polynomial, chunk if causal else None, substituted, shift, chunk, heavy=heavy)
+    """Attention through Taylor's polynomial of a degree."""
+    made = _of_family(Polynomial(degree), q, k, None)
+    return _dense(q, k, v, made, chunk if causal else None, substituted, shift, chunk, heavy=heavy)
 
 
 def dense_skeleton(
@@ -42,14 +45,26 @@ def dense_skeleton(
     heavy: Heavy = (0, ()),
 ) -> torch.Tensor:
     """Attention through Φ Z Rᵀ with given landmarks, which are constants of the differentiation."""
-    d, scale = q.shape[-1], 1 / math.sqrt(q.shape[-1])
-    marks = marks.repeat_interleave(q.shape[1] // k.shape[1], 0)
-    kappa, lam, core = marks[..., :d], marks[..., d : 2 * d], marks[..., 2 * d :]
+    made = _of_family(Skeleton(marks.shape[1]), q, k, marks)
+    return _dense(q, k, v, made, chunk, substituted, "call", None, band, heavy)
 
-    def skeleton(q: torch.Tensor, k: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return (scale * q @ kappa.mT).exp() @ core @ (scale * k @ lam.mT).exp().mT
 
-    return _dense(q, k, v, skeleton, chunk, substituted, "call", None, band, heavy)
+def dense_family(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: SitePlan, packed: torch.Tensor | None
+) -> torch.Tensor:
+    """Attention through any family, as a plan says, with what was fitted; outlier keys have exp."""
+    heavy = plan.outliers.count, plan.outliers.positions
+    made = _of_family(plan.family, q, k, packed)
+    window = plan.mask is LOCAL_WINDOW
+    substituted = plan.gradient != "consistent"
+    return _dense(q, k, v, made, plan.near, substituted, plan.centring, plan.chunk, window, heavy)
+
+
+def _of_family(family: FeatureFamily, q: torch.Tensor, k: torch.Tensor, packed: torch.Tensor | None) -> Approximate:
+    """The family's own dense form, for each query head."""
+    scale = 1 / math.sqrt(q.shape[-1])
+    made = None if packed is None else packed.repeat_interleave(q.shape[1] // k.shape[1], 0)
+    return lambda q, k, x: family.dense(q, k, scale, made)
 
 
 def _heavy(k: torch.Tensor, count: int, positions: tuple[int, ...], some: int | None) -> torch.Tensor:
@@ -133,15 +148,5 @@ def dense_fitted_polynomial(
     heavy: Heavy = (0, ()),
 ) -> torch.Tensor:
     """Attention through Σ_m c_m (s q'·k' over the last w_m coordinates)^m, with given matrices and coefficients."""
-    d, scale = q.shape[-1], 1 / math.sqrt(q.shape[-1])
-    made = fitted.repeat_interleave(q.shape[1] // k.shape[1], 0)
-    to_q, to_k, c = made[:, :d, :d], made[:, d : 2 * d, :d], made[:, -1]
-
-    def polynomial(q: torch.Tensor, k: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        q, k = q @ to_q, k @ to_k
-        total = c[:, 0, None, None].expand_as(x)
-        for m, width in enumerate(widths, 1):
-            total = total + c[:, m, None, None] * (scale * q[..., d - width :] @ k[..., d - width :].mT) ** m
-        return total
-
-    return _dense(q, k, v, polynomial, chunk, substituted, shift, chunk, band, heavy)
+    made = _of_family(Polynomial(len(widths), "least_squares", widths=widths), q, k, fitted)
+    return _dense(q, k, v, made, chunk, substituted, shift, chunk, band, heavy)

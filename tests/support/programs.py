@@ -30,13 +30,13 @@ from polyattn.rewriter.algebra.expr import (
     Leaf,
     Map,
     Poly,
-    Program,
     Tensor,
     Term,
     base_tensors,
     collect,
 )
 from polyattn.rewriter.algebra.interpret import Interpreter
+from polyattn.rewriter.algebra.programs import Program
 from polyattn.rewriter.algebra.tensor import DIRECTION
 from polyattn.rewriter.families.skeleton.rule import OF_KEYS, OF_QUERIES
 

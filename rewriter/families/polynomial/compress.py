@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from polyattn.rewriter.algebra import expr as ir
-from polyattn.rewriter.algebra.expr import Expr, Factor, Feature, Index, Program, Select, Term
+from polyattn.rewriter.algebra.expr import Expr, Factor, Feature, Index, Select, Term
 from polyattn.rewriter.algebra.monomials import rank_kind
-from polyattn.rewriter.algebra.programs import top_degree
+from polyattn.rewriter.algebra.programs import Program, top_degree
 from polyattn.rewriter.notation.symbols import SUBSCRIPTS
 from polyattn.rewriter.rules.rule import Rule
 

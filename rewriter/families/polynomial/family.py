@@ -10,6 +10,7 @@ import torch
 
 from polyattn.rewriter.algebra.monomials import Basis, full, rank
 from polyattn.rewriter.algebra.tensor import R1, R
+from polyattn.rewriter.families.balance import balance
 from polyattn.rewriter.families.family import Bound, ChangeOfBasis, FamilyOptions, FeatureFamily, Fit, Problem, Sample
 from polyattn.rewriter.families.polynomial import coefficients as fitting
 from polyattn.rewriter.families.polynomial.rule import PolynomialRule
@@ -99,7 +100,7 @@ class Polynomial(FeatureFamily):
         """See :meth:`FeatureFamily.fit`."""
         d = sample.k.shape[-1]
         rows = fitting.sample(sample.q, sample.k, sample.weights, sample.scale, generator, sample.mask, sample.near)
-        change = fitting.balance(sample.q, sample.k, rows.mass)
+        change = balance(sample.q, sample.k, rows.mass)
         basis = full(d, self.power)
         if self.limit is not None:
             basis = fitting.choose(change.spectrum, sample.scale, self.power, d, self.limit)

@@ -13,9 +13,9 @@ import sympy
 
 from polyattn.errors import RewriteError
 from polyattn.rewriter.algebra import expr as ir
-from polyattn.rewriter.algebra.expr import Def, Expr, Factor, Feature, Poly, Program, Term, Weights
+from polyattn.rewriter.algebra.expr import Def, Expr, Factor, Feature, Poly, Term, Weights
 from polyattn.rewriter.algebra.monomials import rank_kind
-from polyattn.rewriter.algebra.programs import factors, prune, sides, top_degree
+from polyattn.rewriter.algebra.programs import Program, factors, prune, sides, top_degree
 from polyattn.rewriter.rules.rule import Rule
 
 

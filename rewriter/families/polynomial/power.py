@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import sympy
 
 from polyattn.rewriter.algebra import expr as ir
-from polyattn.rewriter.algebra.expr import Expr, Factor, Poly, Program, Tensor, Term
-from polyattn.rewriter.algebra.programs import scores
+from polyattn.rewriter.algebra.expr import Expr, Factor, Poly, Tensor, Term
+from polyattn.rewriter.algebra.programs import Program, scores
 from polyattn.rewriter.rules.rule import Rule
 
 ONE = sympy.Integer(1)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import sympy
 
 from polyattn.rewriter.algebra import expr as ir
-from polyattn.rewriter.algebra.expr import Expr, Factor, Map, Poly, Program, Term
+from polyattn.rewriter.algebra.expr import Expr, Factor, Map, Poly, Term
 from polyattn.rewriter.algebra.monomials import full, rank, taylor
-from polyattn.rewriter.algebra.programs import factors, is_near, is_pair
+from polyattn.rewriter.algebra.programs import Program, factors, is_near, is_pair
 from polyattn.rewriter.algebra.tensor import CHUNK, R1, R
 from polyattn.rewriter.families.polynomial.compress import Compress
 from polyattn.rewriter.families.polynomial.kronecker import KRONECKER

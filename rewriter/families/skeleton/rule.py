@@ -17,10 +17,10 @@ import sympy
 
 from polyattn.errors import RewriteError
 from polyattn.rewriter.algebra import expr as ir
-from polyattn.rewriter.algebra.expr import CHUNK, HEAD, Def, Expr, Factor, Kind, Leaf, Map, Program, Tensor, Term
-from polyattn.rewriter.algebra.programs import is_near, is_pair, ordered, sides
-from polyattn.rewriter.families.skeleton.inline import InlineLandmarks
+from polyattn.rewriter.algebra.expr import CHUNK, HEAD, Def, Expr, Factor, Kind, Leaf, Map, Tensor, Term
+from polyattn.rewriter.algebra.programs import Program, is_near, is_pair, ordered, sides
 from polyattn.rewriter.rules.absorb import ABSORB
+from polyattn.rewriter.rules.inline_features import InlineFeatures
 from polyattn.rewriter.rules.rule import ApproximateRule, Rule
 
 M = sympy.Symbol("m", positive=True)
@@ -80,7 +80,7 @@ class SkeletonRule(ApproximateRule):
 
     def then(self, gradient: str) -> tuple[Rule, ...]:
         """After tracing, sums over tokens that have an axis of landmarks are written out."""
-        return (InlineLandmarks((OF_KEYS, OF_QUERIES)), ABSORB) if gradient == "consistent" else (ABSORB,)
+        return (InlineFeatures((OF_KEYS, OF_QUERIES), "landmarks"), ABSORB) if gradient == "consistent" else (ABSORB,)
 
     def check(self, program: Program) -> str | None:
         """Refuses a score that is not one product of a row tensor and a column tensor."""

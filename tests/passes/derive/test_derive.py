@@ -15,12 +15,12 @@ from polyattn.passes.derive.derive import after, derive, exact
 from polyattn.passes.derive.forms import FORMS, Form
 from polyattn.passes.derive.lift import Lifter, trace
 from polyattn.rewriter.algebra import expr as ir
-from polyattn.rewriter.algebra.expr import Program
 from polyattn.rewriter.algebra.interpret import Interpreter
+from polyattn.rewriter.algebra.programs import Program
 from polyattn.rewriter.families.polynomial.rule import PolynomialRule
 from polyattn.rewriter.planning.order import plan
 from polyattn.rewriter.planning.plan import walk
-from polyattn.rewriter.rules.stack import stack
+from polyattn.rewriter.rules.stack import STACK
 
 SIZES = {"i": 13, "j": 13, "t": 12, "a": 4, "b": 3}
 CHUNK = 4
@@ -132,8 +132,8 @@ def test_substituted_backward_costs_8_n_r_e_plus_1_times_d() -> None:
 
 def test_without_compression_the_consistent_backward_would_have_the_factor_d() -> None:
     steps = {step.rule: step.program for step in derive(FORMS["softmax"], PolynomialRule(2), "consistent")}
-    before = plan(stack(steps["kronecker"]))
-    after = plan(stack(steps["compress"]))
+    before = plan(STACK.apply(steps["kronecker"]))
+    after = plan(STACK.apply(steps["compress"]))
     sizes = {ir.N_Q: 65536, ir.N_K: 65536, ir.D: 32, ir.E: 32, ir.R: 561, ir.R1: 33}
     assert after.cost().subs(sizes) < before.cost().subs(sizes)
     assert any(t.has(ir.D) and t.has(ir.E) and t.has(ir.R1) for t in before.cost().args)

@@ -9,7 +9,7 @@ from polyattn.errors import RewriteError
 from polyattn.passes.derive.derive import derive, exact, lifting
 from polyattn.passes.derive.forms import FORMS, softmax
 from polyattn.passes.derive.tracing import Differentiate, Lift
-from polyattn.rewriter.algebra.expr import Program
+from polyattn.rewriter.algebra.programs import Program
 from polyattn.rewriter.algebra.verify import output_axes
 from polyattn.rewriter.families.polynomial.rule import PolynomialRule
 from polyattn.rewriter.families.skeleton.rule import SkeletonRule

@@ -28,11 +28,10 @@ from polyattn.rewriter.algebra.expr import (
     Leaf,
     Map,
     Part,
-    Program,
     Tensor,
     Term,
 )
-from polyattn.rewriter.algebra.programs import ordered
+from polyattn.rewriter.algebra.programs import Program, ordered
 from polyattn.rewriter.algebra.verify import output_axes, verify
 from polyattn.rewriter.families.polynomial.rule import PolynomialRule
 from polyattn.rewriter.masks.mask import CAUSAL

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rules import mask_of
 
 from polyattn.rewriter.algebra import monomials
+from polyattn.rewriter.families.balance import Balance, balance
 from polyattn.rewriter.families.polynomial import coefficients as polynomial
 from polyattn.rewriter.families.polynomial.coefficients import Rows, minimax
 
@@ -62,7 +63,7 @@ def operands(heads: int, n: int, d: int, seed: int, inner: int | None = None) ->
 @given(d=st.integers(1, 7), inner=st.integers(1, 7), seed=st.integers(0, 5))
 def test_balanced_coordinates(d: int, inner: int, seed: int) -> None:
     q, k, mass = operands(2, 60, d, seed, min(inner, d))
-    turn = polynomial.balance(q, k, mass[:, 0])
+    turn = balance(q, k, mass[:, 0])
     eye = torch.eye(d, dtype=torch.float64)
     torch.testing.assert_close(turn.q @ turn.k.mT, eye.expand(2, d, d), rtol=0, atol=1e-9)
     q1, k1 = q[:, 0] @ turn.q, k[:, 0] @ turn.k
@@ -117,7 +118,7 @@ def test_samples_are_rows_of_the_softmax(causal: bool, near: int | None) -> None
 def test_least_squares_beats_the_others_and_gets_better_with_the_degree(causal: bool, near: int | None) -> None:
     q, k, weights = operands(3, 200, 6, 1)
     made = sample_of(q, k, weights, 0.03, mask=mask_of(causal, near is not None), near=near)
-    turn = polynomial.balance(q, k, made.mass)
+    turn = balance(q, k, made.mass)
     before = torch.full((3,), math.inf, dtype=torch.float64)
     for degree in (1, 2, 3, 4):
         squares = {}
@@ -136,7 +137,7 @@ def test_least_squares_beats_the_others_and_gets_better_with_the_degree(causal: 
 def test_the_error_is_that_of_the_rows() -> None:
     q, k, weights = operands(2, 120, 5, 2)
     made = sample_of(q, k, weights, 0.2)
-    turn = polynomial.balance(q, k, made.mass)
+    turn = balance(q, k, made.mass)
     basis = monomials.Basis(5, (5, 4, 2))
     c, error = polynomial.coefficients("least_squares", made, turn, basis)
     phi, psi = (monomials.generate(x @ t, basis) for x, t in ((q[:, 0], turn.q), (k[:, 0], turn.k)))
@@ -151,8 +152,8 @@ def test_the_error_is_that_of_the_rows() -> None:
 def test_full_widths_are_the_full_form_whatever_the_coordinates() -> None:
     q, k, weights = operands(2, 120, 4, 3)
     made = sample_of(q, k, weights, 0.3)
-    turn, eye = polynomial.balance(q, k, made.mass), torch.eye(4, dtype=torch.float64).expand(2, 4, 4)
-    plain = polynomial.Balance(eye, eye, turn.spectrum)
+    turn, eye = balance(q, k, made.mass), torch.eye(4, dtype=torch.float64).expand(2, 4, 4)
+    plain = Balance(eye, eye, turn.spectrum)
     for degree in (2, 3):
         basis = monomials.full(4, degree)
         left, right = (polynomial.coefficients("least_squares", made, t, basis) for t in (turn, plain))
@@ -185,7 +186,7 @@ def test_full_forms_of_even_degree_are_positive(degree: int, width: float, centr
 def test_a_wide_head_whose_best_parabola_is_not_positive_gets_one_that_is() -> None:
     q, k, weights = operands(2, 300, 8, 4)
     made = sample_of(q, k, weights, 0.6)
-    turn = polynomial.balance(q, k, made.mass)
+    turn = balance(q, k, made.mass)
     for degree in (2, 4):
         c, _ = polynomial.coefficients("least_squares", made, turn, monomials.full(8, degree))
         line = np.linspace(-300, 300, 60001)

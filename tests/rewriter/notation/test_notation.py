@@ -13,8 +13,8 @@ from operands import form_inputs
 from polyattn.passes.derive.derive import derive, exact
 from polyattn.passes.derive.forms import FORMS, Form
 from polyattn.rewriter.algebra import expr as ir
-from polyattn.rewriter.algebra.expr import Program
 from polyattn.rewriter.algebra.interpret import Interpreter
+from polyattn.rewriter.algebra.programs import Program
 from polyattn.rewriter.families.polynomial.rule import PolynomialRule
 from polyattn.rewriter.notation import printer
 from polyattn.rewriter.notation.assemble import Piece, assemble

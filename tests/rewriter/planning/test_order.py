@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from polyattn.errors import RewriteError
 from polyattn.passes.derive.derive import derive, exact
 from polyattn.passes.derive.forms import softmax
-from polyattn.rewriter.algebra.expr import Expr, Factor, Index, Kind, Leaf, Program, Select, Term, fresh, of
+from polyattn.rewriter.algebra.expr import Expr, Factor, Index, Kind, Leaf, Select, Term, fresh, of
+from polyattn.rewriter.algebra.programs import Program
 from polyattn.rewriter.families.polynomial.rule import PolynomialRule
 from polyattn.rewriter.families.skeleton.rule import SkeletonRule
 from polyattn.rewriter.masks.mask import NONE

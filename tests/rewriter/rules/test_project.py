@@ -7,7 +7,8 @@ import torch
 from programs import dense, program, values
 
 from polyattn.errors import RewriteError
-from polyattn.rewriter.algebra.expr import Expr, Factor, Program, map_factors
+from polyattn.rewriter.algebra.expr import Expr, Factor, map_factors
+from polyattn.rewriter.algebra.programs import Program
 from polyattn.rewriter.algebra.tensor import DIRECTION, HEAD
 from polyattn.rewriter.algebra.verify import output_axes
 from polyattn.rewriter.rules.project import KP, PROJECT, QP

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from programs import assert_equal, program
 
-from polyattn.rewriter.algebra.expr import Concat, Program
-from polyattn.rewriter.algebra.programs import factors
+from polyattn.rewriter.algebra.expr import Concat
+from polyattn.rewriter.algebra.programs import Program, factors
 from polyattn.rewriter.rules.stack import STACK
 
 HAT = "\u0302"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from programs import assert_equal, program, written
 
-from polyattn.rewriter.families.skeleton.inline import InlineLandmarks
 from polyattn.rewriter.families.skeleton.rule import OF_KEYS, OF_QUERIES
+from polyattn.rewriter.rules.inline_features import InlineFeatures
 
-RULE = InlineLandmarks((OF_KEYS, OF_QUERIES))
+RULE = InlineFeatures((OF_KEYS, OF_QUERIES), "landmarks")
 
 
 def test_sums_over_tokens_are_written_out() -> None:

@@ -1,0 +1,1 @@
+"""Positive random features of exp (FAVOR+)."""
