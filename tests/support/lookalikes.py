@@ -42,12 +42,22 @@ def run(function: Function, inputs: list[torch.Tensor], training: bool, toleranc
     return report
 
 
-def in_both_modes(cases: dict[str, Any]) -> Any:
-    """Parametrises a test with the names of cases, in training and in inference."""
+def in_both_modes(cases: dict[str, Any], each: int = 1) -> Any:
+    """Parametrises a test with the names of cases, in training and in inference; where a case says nothing about the
+    mode, ``each`` third one, say, is enough in inference: the others are long."""
 
     def mark(test: Any) -> Any:
-        test = pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])(test)
-        return pytest.mark.parametrize("name", cases)(test)
+        both = [(name, True, False) for name in cases]
+        both += [(name, False, bool(number % each)) for number, name in enumerate(cases)]
+        return pytest.mark.parametrize(
+            ("name", "training"),
+            [
+                pytest.param(
+                    *case, id=f"{case[0]}-{'training' if case[1] else 'inference'}", marks=[pytest.mark.long] * rest
+                )
+                for *case, rest in both
+            ],
+        )(test)
 
     return mark
 

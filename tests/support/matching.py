@@ -7,15 +7,31 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import polyattn.runtime.ops  # noqa: F401  (registers the operators)
 from polyattn.backend import compile_graph
 from polyattn.options import Options
-from polyattn.report.model import Report
+from polyattn.report.model import Report, SiteReport
 
 INF = float("inf")
 EXACT = Options(policy="exact", inner="eager")
+
+IN_EVERY_DTYPE = pytest.mark.parametrize(
+    ("dtype", "dynamic"),
+    [
+        pytest.param(torch.bfloat16, True, id="bfloat16-dynamic"),
+        pytest.param(torch.bfloat16, False, id="bfloat16-static", marks=pytest.mark.long),
+        pytest.param(torch.float32, True, id="float32-dynamic", marks=pytest.mark.long),
+        pytest.param(torch.float32, False, id="float32-static", marks=pytest.mark.long),
+    ],
+)
+"""For :func:`check_precision`: the narrowest dtype with symbolic sizes in every run, the other three in long ones."""
+STATIC = pytest.mark.parametrize(
+    "dynamic", [pytest.param(False, id="static"), pytest.param(True, id="dynamic", marks=pytest.mark.long)]
+)
+"""For exact comparisons of what :data:`IN_EVERY_DTYPE` runs with symbolic sizes."""
 
 
 def rand(*size: int, seed: int = 0, grad: bool = True, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -56,15 +72,26 @@ def gradients(value: torch.Tensor, inputs: Sequence[Any]) -> tuple[torch.Tensor,
 
 
 def check(
-    function: Callable[..., Any], inputs: Sequence[Any], *, sites: int = 1, dynamic: bool | None = False
+    function: Callable[..., Any],
+    inputs: Sequence[Any],
+    *,
+    sites: int = 1,
+    dynamic: bool | None = False,
+    also: Sequence[Sequence[Any]] = (),
 ) -> Report:
-    """Matched; equal value and equal gradients, in training and in inference. Returns the report of training."""
+    """Matched; equal value and equal gradients, in training and in inference. Returns the report of training.
+
+    ``also``: inputs of other sizes, which the same graph of inference takes.
+    """
     compiled, found = compile_and_report(function, dynamic=dynamic)
     got, want = compiled(*inputs), function(*inputs)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(gradients(got, inputs), gradients(want, inputs), rtol=1e-8, atol=1e-9)
     with torch.no_grad():
         torch.testing.assert_close(compiled(*inputs), want, rtol=1e-9, atol=1e-9)
+        for others in also:
+            torch.testing.assert_close(compiled(*others), function(*others), rtol=1e-9, atol=1e-9)
+    assert len(found) == 2
     for report in found:
         assert report.failure is None, str(report)
         assert not report.refusals, str(report)
@@ -72,8 +99,13 @@ def check(
     return found[0]
 
 
-def check_precision(function: Callable[..., Any], inputs: Sequence[Any], dtype: torch.dtype, dynamic: bool) -> None:
-    """In ``dtype``, in training and in inference: matched, and at most twice as far from float64 as eager is."""
+def check_precision(
+    function: Callable[..., Any], inputs: Sequence[Any], dtype: torch.dtype, dynamic: bool
+) -> SiteReport:
+    """In ``dtype``, in training and in inference: matched, and at most twice as far from float64 as eager is.
+
+    Returns the site of training.
+    """
     low = [_cast(x, dtype) for x in inputs]
     high = [_cast(x, torch.float64) for x in low]
     compiled, found = compile_and_report(copy.copy(function), dynamic=dynamic)
@@ -90,6 +122,7 @@ def check_precision(function: Callable[..., Any], inputs: Sequence[Any], dtype: 
     for report in found:
         assert report.failure is None, str(report)
         assert len(report.sites) == 1, str(report)
+    return found[0].sites[0]
 
 
 def _cast(x: Any, dtype: torch.dtype) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from matching import INF, check_precision, compile_and_report, gradients, rand, run
+from matching import IN_EVERY_DTYPE, INF, STATIC, check_precision, compile_and_report, gradients, rand, run
 
 from polyattn.report.model import Report
 
@@ -191,19 +191,18 @@ def _written(q: Any, k: Any, v: Any, bias: Any) -> Any:
     return (scores(q, k) + bias).softmax(-1) @ v
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@STATIC
 @pytest.mark.parametrize("name", MASKS)
 def test_mask_or_bias(name: str, dynamic: bool) -> None:
     function, inputs, mask = MASKS[name]
     check(function, inputs(), mask, dynamic)
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@IN_EVERY_DTYPE
 @pytest.mark.parametrize("name", MASKS)
 def test_mask_or_bias_in_every_dtype(name: str, dtype: torch.dtype, dynamic: bool) -> None:
-    function, inputs, _ = MASKS[name]
-    check_precision(function, inputs(), dtype, dynamic)
+    function, inputs, mask = MASKS[name]
+    assert check_precision(function, inputs(), dtype, dynamic).mask == mask
 
 
 @pytest.mark.parametrize("fill", [-INF, MIN, -1e9, -1e4])

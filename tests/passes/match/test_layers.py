@@ -81,11 +81,17 @@ LAYERS: dict[str, Layers] = {
 
 
 IN_EVAL = ["encoder layer, causal", "decoder layer, mask", "encoder, padding", "transformer"]
+STACKS = {
+    *((name, mode) for name in ("encoder", "encoder, mask", "encoder, causal") for mode in ("train", "inference")),
+    *(("transformer", "train"), ("transformer", "eval"), ("transformer, causal", "inference")),
+}
+"""Stacks of layers that are tested by themselves, with masks and in modes that another stack has too."""
+MODES = [*((name, mode) for name in LAYERS for mode in ("train", "inference")), *((name, "eval") for name in IN_EVAL)]
 
 
 @pytest.mark.parametrize(
     ("name", "mode"),
-    [*((name, mode) for name in LAYERS for mode in ("train", "inference")), *((name, "eval") for name in IN_EVAL)],
+    [pytest.param(*case, marks=[pytest.mark.long] if case in STACKS else []) for case in MODES],
 )
 def test_layers(name: str, mode: str) -> None:
     make, shapes, given, trained, inferred = LAYERS[name]
@@ -96,8 +102,15 @@ def test_layers(name: str, mode: str) -> None:
     assert [site.exact == "" for site in sites] == [site.mask in ("none", "causal") for site in sites]
 
 
-@pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize(
+    ("activation", "norm_first"),
+    [
+        ("relu", False),
+        ("gelu", True),
+        pytest.param("relu", True, marks=pytest.mark.long),
+        pytest.param("gelu", False, marks=pytest.mark.long),
+    ],
+)
 def test_the_fused_encoder_layer_is_opened(norm_first: bool, activation: str) -> None:
     """A second attention in the graph, which is replaced, makes the opened layer run."""
     n = 10
@@ -146,7 +159,9 @@ ANY_LENGTH: dict[str, tuple[Callable[[], nn.Module], Callable[..., Any], list[st
 }
 
 
-@pytest.mark.parametrize("name", ANY_LENGTH)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] if name == "encoder" else []) for name in ANY_LENGTH]
+)
 def test_any_length(name: str) -> None:
     make, forward, masks = ANY_LENGTH[name]
     module = make()

@@ -153,7 +153,7 @@ REFUSED: dict[str, Refused] = {
 }  # fmt: skip
 
 
-@in_both_modes(REFUSED)
+@in_both_modes(REFUSED, each=4)
 def test_refused(name: str, training: bool) -> None:
     function, words, inputs = REFUSED[name]
     report = run(function, inputs(), training, tolerance=0)
@@ -224,7 +224,7 @@ NOTHING: dict[str, tuple[Function, Callable[[], list[torch.Tensor]]]] = {
 }  # fmt: skip
 
 
-@in_both_modes(NOTHING)
+@in_both_modes(NOTHING, each=4)
 def test_nothing_is_reported(name: str, training: bool) -> None:
     function, inputs = NOTHING[name]
     report = run(function, inputs(), training, tolerance=0)

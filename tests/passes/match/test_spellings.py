@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from matching import INF, check, check_precision
+from matching import IN_EVERY_DTYPE, INF, check, check_precision
 
 N, D, E = 10, 8, 6
 
@@ -197,11 +197,11 @@ def contiguous_everywhere(q, k, v):
     return scores.softmax(-1).clone() @ v.contiguous()
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@IN_EVERY_DTYPE
 @pytest.mark.parametrize("name", sorted(SPELLINGS))
 def test_spelling_in_every_dtype(name: str, dtype: torch.dtype, dynamic: bool) -> None:
-    check_precision(SPELLINGS[name][0], qkv(2, 3), dtype, dynamic)
+    function, causal, _ = SPELLINGS[name]
+    assert check_precision(function, qkv(2, 3), dtype, dynamic).causal is causal
 
 
 @pytest.mark.parametrize("batch", [(2, 3), (4,), (), (2, 3, 2)], ids=str)
