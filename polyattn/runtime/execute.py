@@ -35,7 +35,7 @@ ROWS = 128
 
 @dataclass(frozen=True)
 class Forward:
-    """The output of grouped tensors, the denominators (−1 marks rows computed exactly, inf rows that see no key), and how
+    """The output of grouped tensors, the denominators (−1 for rows computed exactly, inf for rows that see no key), how
     many rows were exact."""
 
     out: torch.Tensor
