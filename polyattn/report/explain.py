@@ -117,7 +117,13 @@ class _Sampler:
         return torch.Generator().manual_seed(registry.seed(self._options, place, what))
 
     def forward(
-        self, entry: Entry, tensors: Tensors, out: torch.Tensor, plan: SitePlan | None, fit: Fit | None
+        self,
+        entry: Entry,
+        tensors: Tensors,
+        out: torch.Tensor,
+        plan: SitePlan | None,
+        fit: Fit | None,
+        keep: torch.Tensor | None,
     ) -> None:
         """Sample a low-rank call; forget the samples of a state that has become exact."""
         if not self._known(entry.key.site):
@@ -130,14 +136,19 @@ class _Sampler:
             if replay.inside_backward() and entry in self._seen:
                 return  # a checkpoint runs a call again
         place = entry.key.place
-        taken = sample(0, tensors, out, plan, fit, self._rows, self._generator(place, "samples"))
+        taken = sample(0, tensors, out, plan, fit, self._rows, self._generator(place, "samples"), keep)
         mark = replay.fingerprint(*tensors)
         with self._lock:
             self._seen.pop(entry, None)  # the last call comes last
             self._seen[entry] = _Seen(place, plan, tuple(x.shape for x in tensors), mark, taken)
 
     def backward(
-        self, g: torch.Tensor, tensors: Sequence[torch.Tensor], mask: Mask, gradients: Sequence[torch.Tensor | None]
+        self,
+        g: torch.Tensor,
+        tensors: Sequence[torch.Tensor],
+        mask: Mask,
+        gradients: Sequence[torch.Tensor | None],
+        keep: torch.Tensor | None,
     ) -> None:
         """Add the errors of a backward's gradients to the samples of its forward."""
         q, k, v = tensors
@@ -145,7 +156,7 @@ class _Sampler:
         if seen is None:
             return
         generator = self._generator(seen.place, "gradients")
-        taken = with_gradients(seen.samples, g, (q, k, v), gradients, seen.plan, generator)
+        taken = with_gradients(seen.samples, g, (q, k, v), gradients, seen.plan, generator, keep)
         with self._lock:
             seen.samples = taken
 

@@ -13,6 +13,7 @@ from polyattn.rewriter.families.family import Fit
 from polyattn.rewriter.masks.mask import Mask
 from polyattn.runtime import exact as dense
 from polyattn.runtime import execute
+from polyattn.runtime.row_checks import mean_value
 from polyattn.site_plan import SitePlan
 
 KEYS = 64
@@ -50,6 +51,7 @@ def sample(
     fit: Fit | None,
     rows: int,
     generator: torch.Generator,
+    keep: torch.Tensor | None = None,
 ) -> Samples:
     """Put rows of a low-rank call beside exact ones, and weights of these rows at some keys. Memory is linear in n.
 
@@ -63,6 +65,7 @@ def sample(
         plan: how it was computed.
         fit: what the features of its heads were; None where nothing is fitted.
         rows: so many rows are drawn, at random over batch elements, heads and positions.
+        keep: which keys took part, bool [batch, n_k]; None: all.
     """
     q, k, v = tensors
     (batch, heads, n_q), groups = q.shape[:3], q.shape[1] // k.shape[1]
@@ -75,27 +78,34 @@ def sample(
     for c in _distinct(key_heads).tolist():
         mine = (key_heads == c).nonzero().squeeze(1)
         b, h = divmod(c, k.shape[1])
-        kept = k[b, h].double(), v[b, h].double()
-        unit = (kept[1] - kept[1].mean(0)).norm(dim=-1).max().clamp_min(TINY)
+        kept, part_of = (k[b, h].double(), v[b, h].double()), None if keep is None else keep[b]
+        apart = (kept[1] - mean_value(kept[1], part_of)).norm(dim=-1)
+        unit = (apart if part_of is None else apart.masked_fill(~part_of, 0)).max().clamp_min(TINY)
         for part in mine.split(max(1, dense.PAIRS // k.shape[2])):
             at = where[part].to(q.device)
             queries = q[at[:, 0], at[:, 1], at[:, 2]].double()
-            weights = dense.weights(queries, kept[0], at[:, 2], plan)
+            weights = dense.weights(queries, kept[0], at[:, 2], plan, part_of)
             got = out[at[:, 0], at[:, 1], at[:, 2]].double()
             errors[part] = ((got - weights @ kept[1]).norm(dim=-1) / unit).cpu()
-            pairs.extend(_pairs(part, where[part, 2], weights, keys, plan.mask))
+            pairs.extend(_pairs(part, where[part, 2], weights, keys, plan.mask, part_of))
     row, key, drawn, exact = (torch.cat(some) for some in zip(*pairs, strict=True))
     grouped, place = execute.grouped(q, k, v), (key_heads, where[:, 1] % groups, where[:, 2])
     # Which rows were made exact, the call's own values and all of its rows decide.
     fitted, radius = (None, None) if fit is None else (fit.values, fit.radius)
-    denominators = execute.forward(*grouped, plan, fitted, radius).denominators
+    by_head = execute.grouped_keep(keep, k.shape[1])
+    denominators = execute.forward(*grouped, plan, fitted, radius, by_head).denominators
     left = denominators[tuple(x.to(q.device) for x in place)].cpu() <= 0
-    approximate = torch.where(left[row], exact, _approximate(grouped, plan, fitted, place, row, key))
+    approximate = torch.where(left[row], exact, _approximate(grouped, plan, fitted, place, row, key, by_head))
     return Samples(state, where, errors, left, row, key, drawn, exact, approximate)
 
 
 def _pairs(
-    rows: torch.Tensor, positions: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, mask: Mask
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    weights: torch.Tensor,
+    keys: torch.Tensor,
+    mask: Mask,
+    keep: torch.Tensor | None,
 ) -> list[tuple[torch.Tensor, ...]]:
     """The keys that are looked at, and seen, from each row: (row, key, drawn, exact weight), each [pairs].
 
@@ -111,6 +121,7 @@ def _pairs(
         some = torch.cat([keys, extra])
         drawn = torch.arange(len(some)) < len(keys)
         visible = mask.visible(positions[number : number + 1], some)[0]
+        visible = visible if keep is None else visible & keep[some.to(keep.device)].cpu()
         some, drawn = some[visible], drawn[visible]
         exact = weights[number, some.to(weights.device)].cpu()
         found.append((torch.full_like(some, row), some, drawn, exact))
@@ -124,6 +135,7 @@ def _approximate(
     heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     row: torch.Tensor,
     key: torch.Tensor,
+    keep: torch.Tensor | None,
 ) -> torch.Tensor:
     """The kernels' weights of pairs of a row and a key, float64 [p], on the CPU.
 
@@ -145,7 +157,8 @@ def _approximate(
             for number, keys in enumerate(columns):
                 part = keys[at : at + COLUMNS].to(k.device)
                 values[number, part, torch.arange(len(part), device=k.device)] = 1
-            result = execute.approximate(q[mine], k[mine], values, plan, theirs).out
+            seen = None if keep is None else keep[mine]
+            result = execute.approximate(q[mine], k[mine], values, plan, theirs, seen).out
             for number, (c, keys) in enumerate(zip(some.tolist(), columns, strict=True)):
                 part = keys[at : at + COLUMNS]
                 pairs = ((key_heads[row] == c) & torch.isin(key, part)).nonzero().squeeze(1)
@@ -162,6 +175,7 @@ def with_gradients(
     gradients: Sequence[torch.Tensor | None],
     plan: SitePlan,
     generator: torch.Generator,
+    keep: torch.Tensor | None = None,
 ) -> Samples:
     """Add the relative errors of a backward's gradients: those of all rows of a few heads, or, where that would be too
     much, those of dQ of the sampled rows. Memory is linear in n.
@@ -180,7 +194,7 @@ def with_gradients(
     def exactly(b: int, h: int, rows: torch.Tensor) -> Tensors:
         c = h // groups
         mine, keys, values, gs = (x.double() for x in (q[b, h, rows], k[b, c], v[b, c], g[b, h, rows]))
-        return dense.rows_backward(mine, keys, values, gs, rows, plan)
+        return dense.rows_backward(mine, keys, values, gs, rows, plan, None if keep is None else keep[b])
 
     def compare(name: str, have: torch.Tensor | None, exact: torch.Tensor) -> None:
         if have is not None:

@@ -28,14 +28,21 @@ class Observer(Protocol):
         out: torch.Tensor,
         plan: SitePlan | None,
         fit: Fit | None,
+        keep: torch.Tensor | None,
     ) -> None:
         """A call of a site: q, k, v, its output, and how it was computed; a plan of None is exact attention.
 
-        The fit is what the features of its heads were; None where nothing is fitted.
+        The fit is what the features of its heads were; None where nothing is fitted. ``keep`` [batch, n_k] says which
+        keys took part; None: all.
         """
 
     def backward(
-        self, g: torch.Tensor, tensors: Sequence[torch.Tensor], mask: Mask, gradients: Sequence[torch.Tensor | None]
+        self,
+        g: torch.Tensor,
+        tensors: Sequence[torch.Tensor],
+        mask: Mask,
+        gradients: Sequence[torch.Tensor | None],
+        keep: torch.Tensor | None,
     ) -> None:
         """A backward of some call with these q, k and v: the output's gradient and theirs, None where not asked."""
 

@@ -128,7 +128,7 @@ def _attention(
             stat = made.denominators.reshape(q.shape[:-1])
         for observer in observers():
             used = None if made is None else plan
-            observer.forward(entry, (q, k, v), out, used, fit)
+            observer.forward(entry, (q, k, v), out, used, fit, keep)
         return out, stat, fitted, torch.tensor([intern(plan) if made is not None else EXACT])
 
 
@@ -182,7 +182,8 @@ def _attention_backward(
         else:
             results.append(like.new_zeros(0))
     for observer in observers():
-        observer.backward(g, (q, k, v), mask, [x if need else None for need, x in zip(needs, results, strict=True)])
+        given = [x if need else None for need, x in zip(needs, results, strict=True)]
+        observer.backward(g, (q, k, v), mask, given, keep)
     return results[0], results[1], results[2]
 
 
