@@ -14,6 +14,7 @@ from polyattn.runtime import registry
 
 def test_key_padding() -> None:
     q, k, v, g = operands(2, 4, 2, 30, 30, 5, 3)
+    q = (0.4 * q).detach().requires_grad_()
     keep = torch.rand(2, 30, generator=torch.Generator().manual_seed(3)) < 0.7
     registry.reset()
     out = polyattn.attention(q, k, v, key_mask=keep, options={"policy": "low_rank", "audit_rows": 0, "degree": 4})
