@@ -8,12 +8,12 @@ axes, in the order tokens, features, head, value.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 
 import sympy
 
 from polyattn.codegen import spec
 from polyattn.codegen.spec import FEATURES, TOKENS, WIDTHS, accumulates, is_state
+from polyattn.codegen.triton.scope import Scope
 from polyattn.errors import EmitError
 from polyattn.rewriter.algebra.expr import Kind
 from polyattn.rewriter.planning.plan import Node, walk
@@ -35,38 +35,6 @@ def rank_name(letter: str) -> str:
     """The kernel's argument for the number of features of an axis: R, and R1 one degree down."""
     level = FEATURES.index(letter)
     return "R" if level == 0 else f"R{level}"
-
-
-@dataclass(frozen=True)
-class Binding:
-    """How an axis is bound: the name of its index (vector or scalar), of its bounds check, and whether it is one."""
-
-    index: str
-    ok: str
-    scalar: bool = False
-
-
-@dataclass
-class Scope:
-    """A block of code: its bindings, its lines so far, what it has computed."""
-
-    depth: int
-    parent: Scope | None
-    bindings: dict[str, Binding] = field(default_factory=dict)
-    lines: list[str] = field(default_factory=list)
-    memo: dict[Node, str] = field(default_factory=dict)
-    loaded: dict[str, str] = field(default_factory=dict)
-    """Columns of tables that have been loaded here, by what they are."""
-
-    def write(self, line: str) -> None:
-        self.lines.append("    " * self.depth + line)
-
-    def binding(self, letter: str) -> Binding:
-        if letter in self.bindings:
-            return self.bindings[letter]
-        if self.parent is None:
-            raise EmitError(f"the axis {letter} is not bound here")
-        return self.parent.binding(letter)
 
 
 class Kernel:
@@ -93,10 +61,12 @@ class Kernel:
         return base if count == 1 else f"{base}_{count}"
 
     def pointer(self, name: str) -> str:
+        """Note that the kernel takes a pointer; returns its name."""
         self.pointers[name] = None
         return name
 
     def rank(self, letter: str) -> str:
+        """The argument for the number of features of an axis, noted as one."""
         self.ranks[rank_name(letter)] = None
         return rank_name(letter)
 
@@ -108,6 +78,7 @@ class Kernel:
         return inner
 
     def close(self, inner: Scope) -> None:
+        """Append the lines of a block to the one around it."""
         assert inner.parent is not None
         inner.parent.lines += inner.lines
 
@@ -124,9 +95,11 @@ class Kernel:
         return tuple(letter for letter in letters(n) if not scope.binding(letter).scalar)
 
     def block(self, letter: str) -> str:
+        """The size of a tile along an axis, as the kernel's constant."""
         return BLOCKS.get(letter, "BLOCK_R")
 
     def shape(self, axes: Iterable[str]) -> str:
+        """The shape of a tile as text, ``[BLOCK_J, BLOCK_R]``."""
         return "[" + ", ".join(self.block(letter) for letter in axes) + "]"
 
     # -- text of aligned tiles -----------------------------------------------------------------------------------
@@ -147,6 +120,7 @@ class Kernel:
         return text if binding.scalar else self.align(text, (letter,), want)
 
     def load(self, pointer: str, address: str, axes: tuple[str, ...], n: Node, scope: Scope, other: str) -> str:
+        """A load of a tile, converted to the accumulator's dtype; ``other`` stands outside of its bounds."""
         return (
             f"tl.load({self.pointer(pointer)} + {address}, mask={self.checks(n, axes, scope)}, other={other}).to(ACC)"
         )
@@ -322,6 +296,7 @@ class Kernel:
         return made if accumulator is None or made.startswith("tl.dot") else f"{accumulator} + {made}"
 
     def product(self, tiles: list[tuple[str, tuple[str, ...]]], want: tuple[str, ...], accumulator: str | None) -> str:
+        """A product of tiles as text, summed over the axes that ``want`` does not have, added to an accumulator."""
         reduced = {letter for _, axes in tiles for letter in axes} - set(want)
         if len(tiles) == 2 and all(len(axes) == 2 for _, axes in tiles) and len(reduced) == 1 and len(want) == 2:
             (inner,) = reduced

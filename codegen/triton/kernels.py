@@ -15,7 +15,8 @@ from typing import Any
 import sympy
 
 from polyattn.codegen.spec import FEATURES, TOKENS, KernelSpec, Loop
-from polyattn.codegen.triton.emit import NAMES, SIDES, Binding, Kernel, Scope, check_pattern, letters, reductions
+from polyattn.codegen.triton.emit import NAMES, SIDES, Kernel, check_pattern, letters, reductions
+from polyattn.codegen.triton.scope import Binding, Scope
 from polyattn.errors import EmitError
 from polyattn.rewriter.planning.plan import Node, walk
 
@@ -47,6 +48,7 @@ class Writer:
         )
 
     def write(self) -> None:
+        """Write the kernels of every loop, states first."""
         for number, loop in enumerate(self.spec.loops):
             groups: dict[tuple[str, ...], list[Node]] = {}
             for n in loop.accumulate:

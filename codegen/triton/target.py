@@ -223,7 +223,7 @@ class TritonTarget(Target):
         return kernel_for(q)
 
     def heads_at_once(self, groups: int, elements: int) -> int:
-        """As many as the second axis of a grid takes."""
+        """The whole second axis of a grid."""
         return max(1, MAX_GRID // groups)
 
 

@@ -29,7 +29,7 @@ from polyattn.passes.match.bias import describe, no_form, unsayable
 from polyattn.passes.match.build import build_site
 from polyattn.passes.match.context import Context
 from polyattn.passes.match.groups import ungroup
-from polyattn.passes.match.masks import argument
+from polyattn.passes.match.mask_nodes import argument
 from polyattn.passes.match.owners import is_paper_form
 from polyattn.passes.match.scores import (
     CARRIES,

@@ -15,7 +15,7 @@ import torch
 import torch.fx as fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from polyattn.passes.match.masks import argument
+from polyattn.passes.match.mask_nodes import argument
 
 _aten = torch.ops.aten
 REGROUP = {

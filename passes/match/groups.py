@@ -11,7 +11,7 @@ import torch
 import torch.fx as fx
 
 from polyattn.passes.match.axes import REGROUP, SAME, TRANSPOSE, packet, same_sizes, shape, swaps_pair
-from polyattn.passes.match.masks import argument
+from polyattn.passes.match.mask_nodes import argument
 from polyattn.passes.match.site import Operand
 
 _aten = torch.ops.aten

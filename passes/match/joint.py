@@ -36,7 +36,8 @@ from polyattn.passes.match.axes import (
     shape,
     swaps_pair,
 )
-from polyattn.passes.match.masks import Unprovable, argument
+from polyattn.passes.match.mask_nodes import argument
+from polyattn.passes.match.masks import Unprovable
 from polyattn.passes.match.scores import CARRIES, DROPOUT, PRODUCT, Walk, carry, name_of, number, users
 from polyattn.passes.match.site import Gradients, Operand
 from polyattn.passes.replace.writer import ValuedWriter

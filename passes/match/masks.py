@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from polyattn.passes.match.mask_nodes import argument, dtype_of, is_one, rank_of, same_statically
 from polyattn.passes.match.mask_values import (
     INFINITE,
     Index,
@@ -70,27 +71,12 @@ def _name(node: fx.Node) -> str:
 # What each operator does
 
 
-def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    """An argument of an aten call, wherever it stands."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
-def _dtype(node: fx.Node) -> torch.dtype:
-    dtype = node.meta["val"].dtype
-    assert isinstance(dtype, torch.dtype)
-    return dtype
-
-
-def _rank(node: Any) -> int:
-    return int(node.meta["val"].dim())
-
-
 def _filled(position: int, name: str, value: Value | None = None) -> Callable[[fx.Node], Meaning]:
     def handler(node: fx.Node) -> Meaning:
         fill = value if value is not None else argument(node, position, name)
         if not isinstance(fill, (bool, int, float)):
             raise Unprovable("the mask is filled with a value that is not a number")
-        return Step.constant(cast(fill, _dtype(node)))
+        return Step.constant(cast(fill, dtype_of(node)))
 
     return handler
 
@@ -112,12 +98,12 @@ def _view(node: fx.Node) -> Meaning:
         return value
     old, new = list(source.meta["val"].shape), list(node.meta["val"].shape)  # type: ignore[union-attr]
     if isinstance(value, Step):
-        if len(new) >= 2 and _statically(old[-2:], new[-2:]):
+        if len(new) >= 2 and same_statically(old[-2:], new[-2:]):
             return value
         raise Unprovable("the query and key axes of the mask are reshaped")
-    wide_old = [axis for axis in range(-len(old), 0) if not _is_one(old[axis])]
-    wide_new = [axis for axis in range(-len(new), 0) if not _is_one(new[axis])]
-    if len(wide_old) != len(wide_new) or not _statically([old[a] for a in wide_old], [new[a] for a in wide_new]):
+    wide_old = [axis for axis in range(-len(old), 0) if not is_one(old[axis])]
+    wide_new = [axis for axis in range(-len(new), 0) if not is_one(new[axis])]
+    if len(wide_old) != len(wide_new) or not same_statically([old[a] for a in wide_old], [new[a] for a in wide_new]):
         raise Unprovable("positions are reshaped")
     moved = dict(zip(wide_old, wide_new, strict=True))
     if any(axis not in moved for axis, _ in value.coefficients):
@@ -132,7 +118,7 @@ def _operand(source: Any, node: fx.Node) -> Meaning:
         return value
     old, new = list(source.meta["val"].shape), list(node.meta["val"].shape)
     axes = [-2, -1] if isinstance(value, Step) else [axis for axis, _ in value.coefficients]
-    if axes and (-min(axes) > len(old) or not _statically([old[a] for a in axes], [new[a] for a in axes])):
+    if axes and (-min(axes) > len(old) or not same_statically([old[a] for a in axes], [new[a] for a in axes])):
         raise Unprovable("the mask is broadcast along its query or key axis")
     return value
 
@@ -146,19 +132,9 @@ def _expand(node: fx.Node) -> Meaning:
     return _operand(node.args[0], node)
 
 
-def _is_one(size: Any) -> bool:
-    return isinstance(size, int) and size == 1
-
-
-def _statically(a: list[Any], b: list[Any]) -> bool:
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))
-
-
 def _unsqueeze(node: fx.Node) -> Meaning:
     value = meaning(node.args[0])
-    rank = _rank(node)
+    rank = rank_of(node)
     dim = int(argument(node, 1, "dim"))
     axis = dim - rank if dim >= 0 else dim
     if isinstance(value, Step):
@@ -170,7 +146,7 @@ def _unsqueeze(node: fx.Node) -> Meaning:
 
 def _transpose(node: fx.Node) -> Meaning:
     value = meaning(node.args[0])
-    rank = _rank(node)
+    rank = rank_of(node)
     pair = (0, 1) if len(node.args) < 3 else (int(node.args[1]), int(node.args[2]))  # type: ignore[arg-type]
     if node.target.overloadpacket in (torch.ops.aten.mT, torch.ops.aten.numpy_T):  # type: ignore[union-attr]
         pair = (-2, -1)
@@ -202,7 +178,7 @@ def _band(lower: bool) -> Callable[[fx.Node], Meaning]:
         diagonal = argument(node, 1, "diagonal", 0)
         if not isinstance(diagonal, int):
             raise Unprovable("the diagonal of the mask is symbolic")
-        zero = cast(0, _dtype(node))
+        zero = cast(0, dtype_of(node))
         bound = diagonal if lower else diagonal - 1
         inside = Step(((bound, lower), (INFINITE, not lower)))
         return pointwise(lambda keep, value: value if keep else zero, inside, step(node.args[0]))
@@ -214,7 +190,7 @@ def _same_meaning(node: fx.Node) -> Meaning:
     value = meaning(node.args[0])
     if isinstance(value, Index):
         return value
-    dtype = _dtype(node)
+    dtype = dtype_of(node)
     return pointwise(lambda v: cast(v, dtype), value)
 
 
@@ -222,7 +198,7 @@ def _elementwise(function: Callable[..., Value]) -> Callable[[fx.Node], Meaning]
     def handler(node: fx.Node) -> Meaning:
         if any(node.kwargs.get(name, 1) != 1 for name in ("alpha",)) or node.kwargs.get("rounding_mode") is not None:
             raise Unprovable(f"the mask is built with {_name(node)} and options that are not understood")
-        dtype = _dtype(node)
+        dtype = dtype_of(node)
         values = [_offset_operand(value, node) for value in node.args]
         try:
             return pointwise(lambda *v: cast(function(*v), dtype), *values)
@@ -278,12 +254,12 @@ def _compare(function: Callable[[Any, Any], bool]) -> Callable[[fx.Node], Meanin
 def _where(node: fx.Node) -> Meaning:
     if len(node.args) < 3:
         raise Unprovable("where() without values")
-    dtype = _dtype(node)
+    dtype = dtype_of(node)
     return pointwise(lambda c, a, b: cast(a if c else b, dtype), *(_offset_operand(value, node) for value in node.args))
 
 
 def _masked_fill(node: fx.Node) -> Meaning:
-    dtype = _dtype(node)
+    dtype = dtype_of(node)
     return pointwise(lambda x, m, v: cast(v if m else x, dtype), *(_offset_operand(value, node) for value in node.args))
 
 
@@ -296,12 +272,12 @@ def _diff(node: fx.Node) -> Meaning:
     if not isinstance(value, Index):
         raise Unprovable("diff of something that is not a position")
     dim = int(argument(node, 2, "dim", -1))
-    axis = dim - _rank(source) if dim >= 0 else dim
+    axis = dim - rank_of(source) if dim >= 0 else dim
     slope = dict(value.coefficients).get(axis, 0)
     if prepend is not None:
         before = meaning(prepend)
         rest = {a: c for a, c in value.coefficients if a != axis}
-        if not isinstance(before, Index) or not _is_one(prepend.meta["val"].shape[axis]):
+        if not isinstance(before, Index) or not is_one(prepend.meta["val"].shape[axis]):
             raise Unprovable("diff with something prepended that is not one position")
         if {a: c for a, c in before.coefficients if a != axis} != rest or value.constant - before.constant != slope:
             raise Unprovable("diff with something prepended that does not continue the count")
@@ -314,9 +290,9 @@ def _cumsum(node: fx.Node) -> Meaning:
         raise Unprovable("cumsum of anything but one integer")
     each = int(value.pieces[0][1])
     if each == 0:
-        return Step.constant(cast(0, _dtype(node)))
+        return Step.constant(cast(0, dtype_of(node)))
     dim = int(argument(node, 1, "dim"))
-    axis = dim - _rank(node) if dim >= 0 else dim
+    axis = dim - rank_of(node) if dim >= 0 else dim
     return Index(((axis, each),), each)
 
 
@@ -327,7 +303,7 @@ def _indexed(node: fx.Node) -> Meaning:
     assert isinstance(indices, (list, tuple))
     if isinstance(value, Step) and value.is_constant:
         return value
-    rank = _rank(source)
+    rank = rank_of(source)
     if not isinstance(value, Index) or len(indices) != rank or any(index is None for index in indices):
         raise Unprovable("the mask is indexed in a way that is not understood")
     result = Index((), value.constant)

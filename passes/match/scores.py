@@ -17,7 +17,8 @@ from polyattn.passes.match import axes, masks
 from polyattn.passes.match.axes import CAST, REGROUP, SAME, TRANSPOSE, NotAttention, packet, same_sizes, shape
 from polyattn.passes.match.bias import FILL, Term
 from polyattn.passes.match.context import Context
-from polyattn.passes.match.masks import Unprovable, argument
+from polyattn.passes.match.mask_nodes import argument
+from polyattn.passes.match.masks import Unprovable
 
 _aten = torch.ops.aten
 PRODUCT = {_aten.matmul, _aten.mm, _aten.bmm}

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from polyattn.passes.match.axes import packet, reaches
-from polyattn.passes.match.masks import argument
+from polyattn.passes.match.mask_nodes import argument
 from polyattn.passes.replace.writer import ValuedWriter
 
 _aten = torch.ops.aten

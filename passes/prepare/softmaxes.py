@@ -15,7 +15,7 @@ import torch
 import torch.fx as fx
 
 from polyattn.passes.match.axes import packet, reaches
-from polyattn.passes.match.masks import argument
+from polyattn.passes.match.mask_nodes import argument
 from polyattn.passes.match.scores import FLOWS, OTHER_PRODUCTS, PRODUCT
 from polyattn.passes.replace.writer import ValuedWriter
 

@@ -15,7 +15,7 @@ import torch
 import torch.fx as fx
 
 from polyattn.passes.match.axes import TRANSPOSE, one, packet, shape
-from polyattn.passes.match.masks import argument
+from polyattn.passes.match.mask_nodes import argument
 from polyattn.passes.replace.writer import ValuedWriter
 
 _aten = torch.ops.aten
