@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from polyattn.errors import EmitError
 from polyattn.rewriter.planning.plan import Node
 
 
