@@ -21,11 +21,11 @@ demo: $(STAMP) ## train a small transformer with inductor and with polyattn, and
 	$(BIN)/python examples/demo.py $(DEMO)
 
 test: $(STAMP) ## run the tests, without those marked long
-	$(BIN)/python -m pytest $(TEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(TEST)
 	$(if $(TEST),,TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/codegen/triton)
 
 test-long: $(STAMP) ## run the tests marked long
-	$(BIN)/python -m pytest -m long $(TEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m long $(TEST)
 
 zoo-check: $(STAMP) ## a few models of public packages: found, equal to eager, and as docs/zoo.md says
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[zoo]'

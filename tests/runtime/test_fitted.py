@@ -68,7 +68,7 @@ def check(inputs: list[torch.Tensor], mask: str, gradient: str, **more: Any) -> 
     else:
         d = inputs[0].shape[-1]
         widths = state.widths or (d,) * more.get("degree", 2)
-        shift = "call" if more.get("shift", True) else "none"
+        shift = "call" if more.get("centring", True) else "none"
         wanted = dense_fitted_polynomial(*inputs, state.fitted, widths, substituted, chunk, band, shift)
     compare(found, wanted, inputs)
 

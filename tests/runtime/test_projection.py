@@ -29,7 +29,7 @@ from polyattn.site_plan import ProjectionRanks, SitePlan
 LOW: dict[str, Any] = {"policy": "low_rank", "audit_rows": 0, "gradient": "substituted", "causal_chunk": 16}
 FAMILIES: dict[str, dict[str, Any]] = {
     "Taylor 2": {"degree": 2},
-    "not shifted": {"degree": 3, "centring": False},
+    "not centred": {"degree": 3, "centring": False},
     "nested": {"degree": 3, "rank": 60, "polynomial": "least_squares"},
     "skeleton": {"features": "skeleton", "rank": 24},
     "band": {"features": "skeleton", "rank": 24, "local_window": 16},
@@ -124,7 +124,7 @@ def check(inputs: list[torch.Tensor], g: torch.Tensor, causal: bool, few: Projec
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("family", ["Taylor 2", "not shifted", "nested", "skeleton"])
+@pytest.mark.parametrize("family", ["Taylor 2", "not centred", "nested", "skeleton"])
 @pytest.mark.parametrize("few", [ProjectionRanks(2, 0), ProjectionRanks(0, 3), ProjectionRanks(1, 4)], ids=str)
 def test_equals_the_densely_written_projection(causal: bool, family: str, few: ProjectionRanks) -> None:
     check(*operands(), causal, few, **FAMILIES[family])
