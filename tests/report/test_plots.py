@@ -160,9 +160,9 @@ def test_weights_of_other_forms_make_the_output(more: dict[str, Any], monkeypatc
     module = importlib.import_module("polyattn.report.explain")
     original = module._Sampler.forward
 
-    def spy(self: Any, entry: Any, tensors: Any, out: torch.Tensor, plan: Any, fit: Any) -> None:
+    def spy(self: Any, entry: Any, tensors: Any, out: torch.Tensor, *how: Any) -> None:
         outs.append(out.clone())
-        original(self, entry, tensors, out, plan, fit)
+        original(self, entry, tensors, out, *how)
 
     monkeypatch.setattr(module._Sampler, "forward", spy)
     q, k, v = operands()
