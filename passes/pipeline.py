@@ -49,11 +49,13 @@ def run(
     options: str,
     version: str,
     masked_op: Callable[..., Any] | None = None,
+    why_exact: Callable[[Site], str] = lambda site: "",
 ) -> Result:
     """All passes over a Dynamo graph, which is not changed.
 
     Arguments: see :func:`polyattn.passes.replace.splice.splice`, and ``splice_exact`` beside it for ``masked_op``;
-    without it, attention with an added mask stays as it is written in training.
+    without it, attention with an added mask stays as it is written in training. ``why_exact``: see
+    :func:`polyattn.passes.match.anchors.match`.
     """
     normal, transformed = normalize(gm, example_inputs), has_transforms(gm)
     training = torch.is_grad_enabled() and any(
@@ -72,7 +74,9 @@ def run(
         unify_softmaxes(module.graph)
         unify_products(module.graph, FLOWS, SOFTMAX)
         needs = needing(module, given) if masked_op is not None else None
-        found = match(module.graph, parameters, first_index=len(sites), training=training, needs=needs)
+        found = match(
+            module.graph, parameters, first_index=len(sites), training=training, needs=needs, why_exact=why_exact
+        )
         refusals.extend(found.refusals)
         if training and transformed:  # traced below autograd: right, but not to be differentiated again
             refusals.extend(Refusal(AGAIN, site.out.name, site.where) for site in found.sites)

@@ -8,6 +8,7 @@ alone, the report says why (``Report.failure``), and one warning is logged. Mist
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import threading
@@ -89,7 +90,7 @@ def _passes(
     import torch
 
     from polyattn.passes import pipeline
-    from polyattn.runtime import masked, ops  # noqa: F401  (registers an operator)
+    from polyattn.runtime import masked, ops, policy  # noqa: F401  (registers an operator)
 
     result = pipeline.run(
         gm,
@@ -100,6 +101,7 @@ def _passes(
         graph_id=graph_id,
         options=options.key(),
         version=ops.VERSION,
+        why_exact=functools.partial(policy.why_site_is_exact, options=options),
     )
     sites = tuple(SiteReport.of(identifier, site, options) for identifier, site in result.sites)
     return result.graph, Report(graph_id=graph_id, options=options, sites=sites, refusals=result.refusals)

@@ -114,6 +114,12 @@ class SitePlan:
         return self.centring != "none" or bool(self.outliers) or self.padding
 
     @property
+    def seen(self) -> str:
+        """Which keys queries see: ``none``, ``causal``, ``key padding``, ``causal + key padding``."""
+        parts = [self.mask.name] if self.mask.hides else []
+        return " + ".join([*parts, *(["key padding"] if self.padding else [])]) or "none"
+
+    @property
     def near(self) -> int | None:
         """Tokens per chunk where pairs of near chunks are met one by one; None where no pair is."""
         return self.chunk if self.mask.chunked else None
@@ -164,14 +170,25 @@ class SitePlan:
         return ", ".join(parts)
 
 
+@dataclass(frozen=True)
+class ExactPlan:
+    """How a call with masks of its own was computed exactly."""
+
+    mask: Mask
+    padding: bool = False
+    """Whether some keys took no part."""
+    other: bool = False
+    """Its masks are neither causal nor key padding: they were applied as they are given."""
+
+
 EXACT = 0
-"""The identifier of a call that was exact."""
+"""The identifier of a call that was exact, under the mask that compiling knows."""
 _lock = threading.Lock()
-_identifiers: dict[SitePlan, int] = {}
-_plans: list[SitePlan] = []
+_identifiers: dict[SitePlan | ExactPlan, int] = {}
+_plans: list[SitePlan | ExactPlan] = []
 
 
-def intern(plan: SitePlan | None) -> int:
+def intern(plan: SitePlan | ExactPlan | None) -> int:
     """The identifier of a plan in this process; ``EXACT`` for None. Equal plans have one identifier."""
     if plan is None:
         return EXACT
@@ -185,6 +202,6 @@ def intern(plan: SitePlan | None) -> int:
         return _identifiers[plan]
 
 
-def interned(identifier: int) -> SitePlan | None:
+def interned(identifier: int) -> SitePlan | ExactPlan | None:
     """The plan of an identifier; None for ``EXACT``."""
     return None if identifier == EXACT else _plans[identifier - 1]

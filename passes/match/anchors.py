@@ -18,14 +18,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 import torch.fx as fx
 
 from polyattn.passes.match import joint
 from polyattn.passes.match.axes import CAST, NotAttention, packet, reaches, same_sizes, shape
-from polyattn.passes.match.bias import describe, no_form, unsayable
+from polyattn.passes.match.bias import describe, no_form, unsayable, why_not_looked_at
 from polyattn.passes.match.build import build_site
 from polyattn.passes.match.context import Context
 from polyattn.passes.match.groups import ungroup
@@ -47,7 +47,7 @@ from polyattn.passes.match.scores import (
 )
 from polyattn.passes.match.sdpa import SDPA, match_fused, match_sdpa
 from polyattn.passes.match.site import Operand, Refusal, Site, named_shape, where
-from polyattn.passes.replace.training import stays
+from polyattn.passes.replace.training import stays, unknowable
 
 _aten = torch.ops.aten
 SOFTMAX = {_aten.softmax, _aten._softmax, _aten._safe_softmax, _aten.special_softmax}
@@ -70,6 +70,7 @@ def match(
     first_index: int = 0,
     training: bool = True,
     needs: Collection[fx.Node] | None = None,
+    why_exact: Callable[[Site], str] = lambda site: "",
 ) -> Matches:
     """Sites and refusals of a normalised graph.
 
@@ -79,6 +80,7 @@ def match(
         first_index: index of the first site.
         training: whether gradients may be asked for.
         needs: see :func:`polyattn.passes.replace.training.stays`.
+        why_exact: why a site is exact whatever its masks show; empty where it need not be.
     """
     context = Context(graph, frozenset(parameters))
     sites: list[Site] = []
@@ -92,11 +94,11 @@ def match(
                     node,
                 )
             if kind is SDPA:
-                site = match_sdpa(context, node)
+                site = _looked_at(match_sdpa(context, node), why_exact, training, needs)
             elif kind in joint.FUSED:
                 site = match_fused(context, node)
             elif kind in SOFTMAX and reaches(node, FLOWS | SEEN, PRODUCT | OTHER_PRODUCTS):
-                site = _match_softmax(context, node)
+                site = _looked_at(_match_softmax(context, node), why_exact, training, needs)
                 added = not site.kept and any(term.added for term in site.terms)
                 left = (stays(site, needs) if training else _narrowed(site)) if added else ""
                 if left:
@@ -150,14 +152,18 @@ def _match_softmax(context: Context, softmax: fx.Node) -> Site:
     if not same_sizes(tuple(shape(weights)[:-2]), batch):
         raise NotAttention("the attention weights are broadcast over the values", product)
     terms = () if all(term.causal for term in walk.terms) else tuple(walk.terms)
-    stays = walk.left or unsayable(terms)
-    mask = ("causal + " if terms and walk.causal else "") + describe([t for t in terms if not t.causal])
+    unknown = [term for term in terms if not term.causal]
+    no_look = why_not_looked_at(terms) or ("its gradients stand beside it" if backward is not None else "")
+    looks = bool(terms) and not (walk.left or no_look or dropout)
+    stays = walk.left or ("" if looks and all(term.padding for term in unknown) else unsayable(terms))
+    looks = looks and not stays
+    mask = ("causal + " if terms and walk.causal else "") + describe(unknown)
     mask = mask or ("causal" if walk.causal else "none")
     shown = "" if mask == "none" else " + causal mask" if mask == "causal" else f" + {mask}"
     spelling = "softmax(q @ kᵀ" + (" * s" if walk.scaled else "") + shown + ") @ v"
     exact = f"{stays}; it stays as it was" if stays else ""
-    others = [term.node for term in terms if not term.causal]
-    reasons = [no_form(mask, walk.unproved[0] if walk.unproved else "", others)] if terms else []
+    others = [term.node for term in unknown]
+    reasons = [no_form(mask, walk.unproved[0] if walk.unproved else "", others)] if terms and not looks else []
     reasons += [f"dropout with p={dropout} on the weights"] if dropout else []
     exact = exact or "; ".join(reasons)
     if is_paper_form(q.node, k.node, v.node):
@@ -165,7 +171,7 @@ def _match_softmax(context: Context, softmax: fx.Node) -> Site:
     if context.autocast(product) is None:
         _check_precision(softmax, product, path)
     path.append(scores)
-    causal = walk.causal and not terms
+    causal = walk.causal and (not terms or looks)
     held = tuple(term.node for term in (*terms, *walk.factors))
     gradients = None
     if backward is not None and exact:
@@ -219,6 +225,17 @@ def _forward(softmax: fx.Node, key_last: bool, path: list[fx.Node]) -> tuple[fx.
             key_last ^= carry(user, node, "weights")
         path.append(user)
         node = user
+
+
+def _looked_at(site: Site, why_exact: Callable[[Site], str], training: bool, needs: Collection[fx.Node] | None) -> Site:
+    """The site, made exact where there is no use in looking at its masks in each call, or where that cannot be."""
+    if not site.looks:
+        return site
+    reason = why_exact(site) or (unknowable(site, needs) if training else "")
+    if not reason:
+        return site
+    unsaid = unsayable(site.terms)
+    return site.made_exact(f"{unsaid}; it stays as it was" if unsaid else reason, stays=bool(unsaid))
 
 
 def _narrowed(site: Site) -> str:

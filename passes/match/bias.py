@@ -1,7 +1,8 @@
 """What is added to the scores, or put in their place, before the softmax, and the attn_mask that means the same.
 
-A causal mask that is proved from its structure is not kept here; every other mask or bias is a :class:`Term`, and makes
-its site exact: ``scaled_dot_product_attention`` takes it as its ``attn_mask``.
+A causal mask that is proved from its structure is not kept here; every other mask or bias is a :class:`Term`. One that
+may be key padding, or that is not known, is looked at in each call (:func:`operands`); any other, and those of a site
+that cannot be low rank anyway, make it exact: ``scaled_dot_product_attention`` takes it as its ``attn_mask``.
 
     softmax(s + m) V                     → attn_mask = m
     softmax(s.masked_fill(x, f)) V       → attn_mask = ¬x,  for f = -inf or f ≤ FILL: the weight of the rest is 0
@@ -13,6 +14,8 @@ of the values. That is put back, because torch's kernels return 0 there.
 from __future__ import annotations
 
 import dataclasses
+import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +23,8 @@ import torch
 import torch.fx as fx
 
 from polyattn.passes.match.axes import one, same_sizes, shape
+from polyattn.passes.match.changes import Change, Changes
+from polyattn.passes.match.mask_values import Visible
 from polyattn.passes.replace.writer import SizedWriter
 
 _aten = torch.ops.aten
@@ -33,6 +38,8 @@ class Term:
 
     ``added``: a tensor added to the scores, times ``factor``. Otherwise a bool tensor that replaces scores by ``fill``
     where it is not ``keep``. ``batch`` are the scores' batch axes there; ``swapped``: its last axes are (key, query).
+    ``visible``: what its structure tells of the pairs that it shows, None where that is nothing; ``general``: it is
+    known to be neither causal nor the same for all queries.
     """
 
     node: fx.Node
@@ -42,7 +49,34 @@ class Term:
     factor: float = 1.0
     keep: bool = True
     fill: float = 0.0
-    causal: bool = False
+    visible: Visible | None = None
+    general: bool = False
+
+    @property
+    def causal(self) -> bool:
+        """Whether it is known to be causal and nothing else."""
+        return self.visible is not None and self.visible.causal and not self.visible.keyed
+
+    @property
+    def padding(self) -> bool:
+        """Whether it is known to hide the same keys from all queries, beside those after them, and nothing else."""
+        return self.visible is not None and self.visible.keyed and self.visible.padding
+
+    @property
+    def word(self) -> str:
+        """``key padding``, ``mask`` or ``bias``."""
+        return "key padding" if self.padding else "bias" if self.added else "mask"
+
+    def change(self, rows: str) -> Change:
+        """What it does to the scores, as an operator gets it.
+
+        Args:
+            rows: ``none`` where it is causal alone, ``last`` where its last row says all that it does to keys up to
+                their query, ``all`` where its tensor is given whole.
+        """
+        causal = rows != "all" and self.visible is not None and self.visible.causal
+        fill = self.visible.fill * self.factor if self.visible is not None and causal else -math.inf
+        return Change("add" if self.added else "replace", fill if self.added else self.fill, causal, rows != "none")
 
 
 def unsayable(terms: Sequence[Term]) -> str:
@@ -57,13 +91,9 @@ def unsayable(terms: Sequence[Term]) -> str:
 
 
 def describe(terms: Sequence[Term]) -> str:
-    """``bias``, ``mask``, or both: for reports."""
-    words = []
-    if any(not term.added for term in terms):
-        words.append("mask")
-    if any(term.added for term in terms):
-        words.append("bias")
-    return " + ".join(words)
+    """``key padding``, ``mask``, ``bias``, or several: for reports."""
+    said = {term.word for term in terms}
+    return " + ".join(word for word in ("key padding", "mask", "bias") if word in said)
 
 
 def no_form(kind: str, why: str, nodes: Sequence[fx.Node]) -> str:
@@ -72,6 +102,41 @@ def no_form(kind: str, why: str, nodes: Sequence[fx.Node]) -> str:
     proof = f" ({why})" if why else ""
     costs = "; the mask alone holds n_q × n_k numbers" if large else ""
     return f"no low-rank form for a {kind} that is not provably causal{proof}{costs}"
+
+
+def why_not_looked_at(terms: Sequence[Term]) -> str:
+    """Why no call need look at what the terms show: one of them is known to be neither causal nor key padding."""
+    return next(
+        (f"the {term.word} is neither causal nor the same for all queries" for term in terms if term.general), ""
+    )
+
+
+def operands(
+    write: SizedWriter, terms: Sequence[Term], batch: tuple[Any, ...], zero: bool
+) -> tuple[list[fx.Node], Changes]:
+    """The tensors of the terms as an operator takes them, [B|1, H|1, n_q|1, n_k|1], and what they do to the scores.
+
+    Args:
+        batch: leading axes of the output.
+        zero: see :class:`polyattn.passes.match.changes.Changes`.
+    """
+    tensors, steps = [], []
+    for term in reversed(terms):  # in the order in which they are applied
+        rows = "none" if term.causal else "last" if term.visible is not None else "all"
+        steps.append(term.change(rows))
+        if rows == "none":
+            continue
+        node = place(write, term, batch)
+        sizes = shape(term.node)[::-1]
+        tall = len(sizes) > 1 and not one(sizes[0 if term.swapped else 1])
+        if rows == "last" and tall:
+            node = write.call(_aten.slice.Tensor, node, -2, -1, sys.maxsize)
+        if term.added and term.factor != 1:
+            node = write.call(_aten.mul.Tensor, node, term.factor)
+        if not term.added and not term.keep:
+            node = write.call(_aten.logical_not.default, node)
+        tensors.append(node)
+    return tensors, Changes(tuple(steps), zero)
 
 
 def attn_mask(write: SizedWriter, terms: Sequence[Term], batch: tuple[Any, ...]) -> tuple[fx.Node, bool]:

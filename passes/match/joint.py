@@ -308,7 +308,7 @@ def _zeroed(node: fx.Node, source: fx.Node) -> fx.Node | None:
             constant = masks.step(value)
         except Unprovable:
             return None
-        value = constant.pieces[0][1] if constant.is_constant else None
+        value = constant.everywhere
     return mask if isinstance(value, (int, float)) and value == 0 else None
 
 

@@ -18,7 +18,7 @@ from polyattn.passes.match.axes import CAST, REGROUP, SAME, TRANSPOSE, NotAttent
 from polyattn.passes.match.bias import FILL, Term
 from polyattn.passes.match.context import Context
 from polyattn.passes.match.mask_nodes import argument
-from polyattn.passes.match.masks import Unprovable
+from polyattn.passes.match.masks import Step, Unprovable, Varies, Visible
 
 _aten = torch.ops.aten
 PRODUCT = {_aten.matmul, _aten.mm, _aten.bmm}
@@ -204,11 +204,11 @@ def _added(context: Context, node: fx.Node, walk: Walk) -> fx.Node:
         raise NotAttention("a number is added to the scores", node)
     if not torch.is_tensor(other.meta.get("val")):
         raise NotAttention("a dynamic size is added to the scores", node)
-    causal = None if minus else _proved(context, other, node, scores, walk, 0.0, None)
+    proof = Proof() if minus else _proved(context, other, node, scores, walk, 0.0)
     factor = -walk.scale if minus else walk.scale
-    if causal is None and not other.meta["val"].dtype.is_floating_point:
+    if not proof.plain and not other.meta["val"].dtype.is_floating_point:
         raise NotAttention(f"a tensor of {other.meta['val'].dtype} is added to the scores", node)
-    _keep(walk, node, scores, other, causal, added=True, factor=factor)
+    _keep(walk, node, scores, other, proof, added=True, factor=factor)
     return scores
 
 
@@ -226,7 +226,8 @@ def _filled(context: Context, node: fx.Node, walk: Walk) -> fx.Node:
         except Unprovable:
             constant = None
         context.check_unmutated(value, node)
-        value = constant.pieces[0][1] if constant is not None and constant.is_constant else "a tensor"
+        number = None if constant is None else constant.everywhere
+        value = "a tensor" if number is None else number
     if not isinstance(scores, fx.Node):
         raise NotAttention("where() does not choose between the scores and a number", node)
     if not isinstance(value, (int, float)) or not value <= _least(walk):
@@ -235,8 +236,8 @@ def _filled(context: Context, node: fx.Node, walk: Walk) -> fx.Node:
     if not isinstance(mask, fx.Node) or mask.meta["val"].dtype != torch.bool:
         kind = mask.meta["val"].dtype if isinstance(mask, fx.Node) else type(mask).__name__
         raise NotAttention(f"the mask is {kind}, not bool", node)
-    causal = _proved(context, mask, node, scores, walk, keep, not keep)
-    _keep(walk, node, scores, mask, causal, added=False, keep=keep, fill=_rounded(float(value) * walk.scale, node))
+    proof = _proved(context, mask, node, scores, walk, keep)
+    _keep(walk, node, scores, mask, proof, added=False, keep=keep, fill=_rounded(float(value) * walk.scale, node))
     return scores
 
 
@@ -245,15 +246,11 @@ def _rounded(value: float, node: fx.Node) -> float:
     return float(torch.tensor(value, dtype=node.meta["val"].dtype))
 
 
-def _proved(
-    context: Context, mask: fx.Node, node: fx.Node, scores: fx.Node, walk: Walk, keep: Any, drop: Any
-) -> bool | None:
-    """True: causal; False: it hides nothing; None: anything else, or not provable."""
-    try:
-        return causal_mask(context, mask, tuple(shape(scores)[-2:]), walk.key_last, keep, drop, node, _least(walk))
-    except NotAttention as reason:
-        walk.unproved.append(str(reason))
-        return None
+def _proved(context: Context, mask: fx.Node, node: fx.Node, scores: fx.Node, walk: Walk, keep: Any) -> Proof:
+    proof = prove(context, mask, tuple(shape(scores)[-2:]), walk.key_last, keep, _least(walk))
+    if not proof.plain:
+        walk.unproved.append(proof.reason)
+    return proof
 
 
 def _least(walk: Walk) -> float:
@@ -263,53 +260,86 @@ def _least(walk: Walk) -> float:
     return FILL / walk.scale if walk.scale > 0 else FILL
 
 
-def _keep(walk: Walk, node: fx.Node, scores: fx.Node, other: fx.Node, causal: bool | None, **how: Any) -> None:
+def _keep(walk: Walk, node: fx.Node, scores: fx.Node, other: fx.Node, proof: Proof, **how: Any) -> None:
     """Record a mask or bias; one that hides nothing is dropped."""
     if walk.scale <= 0:
         raise NotAttention(f"a mask is multiplied by {walk.scale}", node)
-    if (walk.factors or walk.sizes) and (causal is None or how["added"] or how["fill"] != -math.inf):
+    if (walk.factors or walk.sizes) and (proof.visible is None or how["added"] or how["fill"] != -math.inf):
         by = "a tensor" if walk.factors else "a dynamic size"
         raise NotAttention(f"a mask or bias is multiplied by {by}", node)
     if not same_sizes(shape(scores), shape(node)):
         raise NotAttention("the mask broadcasts the scores", node)
-    walk.causal |= causal is True
+    visible = proof.visible
+    walk.causal |= visible is not None and visible.causal
     walk.masks.append((other, not walk.key_last))
-    if causal is not False:
+    if visible is None or visible.causal or visible.keyed:
         batch = tuple(shape(scores)[:-2])
-        walk.terms.append(Term(other, batch, not walk.key_last, causal=causal is True, **how))
+        walk.terms.append(Term(other, batch, not walk.key_last, visible=visible, general=proof.general, **how))
 
 
-def causal_mask(
-    context: Context,
-    mask: Any,
-    pair: tuple[Any, ...],
-    key_last: bool,
-    keep: Any,
-    drop: Any,
-    node: fx.Node,
-    least: float = -math.inf,
-) -> bool:
-    """True: the mask is causal; False: it hides nothing. Anything else is refused.
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """What the structure of a mask tells."""
 
-    ``drop`` None stands for any number up to ``least``: added to a score it masks it.
+    visible: Visible | None = None
+    """The pairs that it shows, as far as they are known; None where they are not, or where no such words say it."""
+    general: bool = False
+    """It is known to be neither causal nor the same for all queries."""
+    reason: str = "the bias is subtracted"
+    """Why it is not known to be causal, in words for a report."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is known whole: causal, or hiding nothing."""
+        return self.visible is not None and not self.visible.keyed
+
+
+def prove(
+    context: Context, mask: Any, pair: tuple[Any, ...], key_last: bool, keep: Any, least: float = -math.inf
+) -> Proof:
+    """What a mask for scores with these last axes shows.
+
+    Args:
+        keep: its value where a pair is shown: True or False of a bool mask, 0.0 of one that is added.
+        least: of the latter, up to which value it hides a pair.
     """
     try:
         value = masks.step(mask)
+        context.check_unmutated(mask, mask)
     except Unprovable as reason:
-        raise NotAttention(str(reason), node) from None
-    context.check_unmutated(mask, node)
-    if isinstance(keep, bool) and isinstance(mask, fx.Node) and mask.meta["val"].dtype != torch.bool:
-        raise NotAttention(f"the mask is {mask.meta['val'].dtype}, not bool", node)
-    if not value.is_constant and not (isinstance(mask, fx.Node) and same_sizes(shape(mask)[-2:], pair)):
-        raise NotAttention("the mask is broadcast along its query or key axis", node)
-    if drop is None:
-        lowest = min((v for _, v in value.pieces if not isinstance(v, bool)), default=0.0)
-        drop = lowest if lowest <= least else -math.inf
-    reached = value.within(*pair)
-    verdict = masks.causal(reached if key_last else reached.transposed(), keep=keep, drop=drop)
-    if verdict is None:
-        raise NotAttention(f"the mask is not causal: {masks.describe(value)}", node)
-    return verdict
+        return Proof(reason=str(reason))
+    except NotAttention as reason:
+        return Proof(reason=str(reason))
+    dtype = mask.meta["val"].dtype if isinstance(mask, fx.Node) else torch.bool
+    if isinstance(keep, bool) and dtype != torch.bool:
+        return Proof(reason=f"the mask is {dtype}, not bool")
+    placed = _of_pairs(value, mask, pair)
+    if placed is None:
+        return Proof(reason="the mask is broadcast along its query or key axis")
+    reached = placed.within(*pair)
+    reached = reached if key_last else reached.transposed()
+    found = masks.visible(
+        reached, keep=keep, hidden=lambda v: v is (not keep) if isinstance(keep, bool) else v <= least
+    )
+    if found is not None and not found.keyed:
+        return Proof(found, reason="")
+    return Proof(found, found is None and masks.known(value), f"the mask is not causal: {masks.describe(value)}")
+
+
+def _of_pairs(value: Step, mask: Any, pair: tuple[Any, ...]) -> Step | None:
+    """The meaning of a mask for scores of this size: a mask with one row, say, is the same for all queries; None where
+    it is broadcast otherwise."""
+    if not value.axes:
+        return value
+    sizes = shape(mask)[-2:]
+    grows = [axis for axis in (-2, -1) if len(sizes) < -axis or not same_sizes([sizes[axis]], [pair[axis]])]
+    if not grows:
+        return value
+    if any(axis in value.axes and len(sizes) >= -axis and not axes.one(sizes[axis]) for axis in grows):
+        return None
+    known = [v.choices if isinstance(v, Varies) else frozenset((v,)) for _, v in value.pieces]
+    choices = None if any(some is None for some in known) else frozenset[Any]().union(*(some or () for some in known))
+    return Step.constant(Varies(value.axes - frozenset(grows), choices))
 
 
 def _makes_scores(node: Any) -> bool:

@@ -13,10 +13,10 @@ import torch.fx as fx
 
 from polyattn.passes.match import axes, joint
 from polyattn.passes.match.axes import NotAttention, packet, same_sizes
-from polyattn.passes.match.bias import no_form
+from polyattn.passes.match.bias import FILL, Term, no_form, why_not_looked_at
 from polyattn.passes.match.build import build_site
 from polyattn.passes.match.context import Context
-from polyattn.passes.match.scores import causal_mask, name_of, number, users
+from polyattn.passes.match.scores import name_of, number, prove, users
 from polyattn.passes.match.site import Gradients, Operand, Site
 
 SDPA = torch.ops.aten.scaled_dot_product_attention
@@ -35,6 +35,13 @@ class _Form:
     dropout: float
     sizes: tuple[tuple[fx.Node, int], ...] = ()
     by_head_dim: bool = False
+    terms: tuple[Term, ...] = ()
+
+    def without_looks(self) -> _Form:
+        """The form of a call whose masks cannot be looked at in each run: it is exact, where it has any."""
+        if not self.terms or self.exact:
+            return self
+        return dataclasses.replace(self, exact=no_form(self.mask, "", [term.node for term in self.terms]))
 
     def of(self, site: Site, exact: str, gradients: Gradients | None = None) -> Site:
         return dataclasses.replace(
@@ -43,6 +50,8 @@ class _Form:
             dropout=self.dropout,
             sizes=self.sizes,
             by_head_dim=self.by_head_dim,
+            terms=self.terms,
+            zero_rows=True,
             exact=exact,
             kept=bool(exact),
             gradients=gradients,
@@ -62,7 +71,10 @@ def match_sdpa(context: Context, node: fx.Node) -> Site:
         if grouped and not (same_sizes(q.batch[:-1], k.batch[:-1]) and same_sizes(k.batch, v.batch)):
             raise NotAttention("grouped queries with broadcast batch axes", node)
     name = "scaled_dot_product_attention"
-    site = build_site(context, node, [], q, k, v, batch, batch, form.scale, form.causal, name, grouped)
+    if batch is not None:  # the batch axes of the scores
+        form = dataclasses.replace(form, terms=tuple(dataclasses.replace(t, batch=tuple(batch)) for t in form.terms))
+    held = tuple(term.node for term in form.terms)
+    site = build_site(context, node, [], q, k, v, batch, batch, form.scale, form.causal, name, grouped, held)
     return form.of(site, form.exact)
 
 
@@ -72,7 +84,7 @@ def match_fused(context: Context, node: fx.Node) -> Site:
     q, k, v = (Operand(given[name]) for name in ("query", "key", "value"))
     if not (same_sizes(q.batch, k.batch) and same_sizes(k.batch, v.batch)):
         raise NotAttention(f"{name_of(node)} with heads that are grouped", node)
-    form = _form(context, node, given, q, k)
+    form = _form(context, node, given, q, k).without_looks()
     results = {user.args[1]: user for user in node.users if user.target is operator.getitem}
     if 0 not in results or len(results) != len(node.users):
         raise NotAttention(f"the results of {name_of(node)} are used as a whole", node)
@@ -124,13 +136,19 @@ def _form(context: Context, node: fx.Node, given: dict[str, Any], q: Operand, k:
         exact = f"dropout with p={dropout} on the weights"
     kind = "causal" if causal else "none"
     mask = given.get("attn_mask", given.get("attn_bias"))
+    terms: tuple[Term, ...] = ()
     if mask is not None:
         boolean = isinstance(mask, fx.Node) and mask.meta["val"].dtype == torch.bool
-        keep, drop = (True, False) if boolean else (0.0, -math.inf)
-        try:
-            causal = causal_mask(context, mask, (q.tokens, k.tokens), True, keep, drop, node) or causal
+        proof = prove(context, mask, (q.tokens, k.tokens), True, True if boolean else 0.0, FILL)
+        if proof.visible is not None and not proof.visible.keyed:
+            causal = proof.visible.causal or causal
             kind = "causal" if causal else kind
-        except NotAttention as reason:
-            kind = "mask" if boolean else "bias"
-            exact = "; ".join([no_form(kind, str(reason), [mask]), *([exact] if exact else [])])
-    return _Form(float(scale), causal, kind, exact, dropout, sizes, by_head_dim)
+        else:
+            term = Term(mask, q.batch, False, added=not boolean, fill=-math.inf)
+            term = dataclasses.replace(term, visible=proof.visible, general=proof.general)
+            kind = ("causal + " if proof.visible is not None and proof.visible.causal else "") + term.word
+            no_look = why_not_looked_at([term])
+            if no_look or dropout or causal:
+                exact = "; ".join([no_form(kind, proof.reason, [mask]), *([exact] if exact else [])])
+            terms = (term,)
+    return _Form(float(scale), causal, kind, exact, dropout, sizes, by_head_dim, terms)

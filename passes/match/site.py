@@ -108,7 +108,10 @@ class Site:
     cast: torch.dtype | None
     """The dtype that autocast gives q, k and v, or None outside autocast."""
     terms: tuple[Term, ...] = ()
-    """Masks and biases of an exact site, from the softmax back to the product; a causal one is among them."""
+    """Masks and biases, from the softmax back to the product, that are not causal alone; with a causal one among them
+    where there are others. Of a site that may be low rank each call looks at what they show."""
+    zero_rows: bool = False
+    """Rows in which every score is -inf are 0, as in torch's own attention."""
     factors: tuple[Term, ...] = ()
     """Tensors that the queries are multiplied by (``factor`` 1) or divided by (-1)."""
     sizes: tuple[tuple[fx.Node, int], ...] = ()
@@ -124,6 +127,19 @@ class Site:
     """The site is such a call already and stays."""
     gradients: Gradients | None = None
     """Of attention that arrives already differentiated; replaced together with it."""
+
+    @property
+    def looks(self) -> bool:
+        """Whether each call looks at its masks, because they may be causal or key padding."""
+        return bool(self.terms) and not self.exact
+
+    def made_exact(self, reason: str, stays: bool) -> Site:
+        """The site without a low-rank form, for a reason that its masks do not give.
+
+        Args:
+            stays: whether it stays as it is written, as torch's own attention does.
+        """
+        return dataclasses.replace(self, exact=reason, causal=False, kept=stays or self.zero_rows)
 
     @property
     def known_scale(self) -> float:

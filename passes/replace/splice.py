@@ -18,12 +18,15 @@ import torch
 import torch.fx as fx
 
 from polyattn.codegen import targets
+from polyattn.passes.match import bias
 from polyattn.passes.match.axes import packet, same_sizes, shape
 from polyattn.passes.match.bias import attn_mask, place
 from polyattn.passes.match.site import Operand, Site
 from polyattn.passes.replace.writer import SizedWriter
 
 _aten = torch.ops.aten
+OUTPUTS = 6
+"""Tensors that the operator returns, all of which its backward takes."""
 
 
 def splice(site: Site, op: Callable[..., Any], identifier: str, options: str, version: str) -> fx.Node:
@@ -31,8 +34,8 @@ def splice(site: Site, op: Callable[..., Any], identifier: str, options: str, ve
 
     Args:
         site: a match of this very graph.
-        op: ``torch.ops.polyattn.attention.default`` (q, k, v, owners, scale, causal, site, options, version) ->
-        (out, stat, ..., plan).
+        op: ``torch.ops.polyattn.attention.default`` (q, k, v, masks, owners, scale, causal, changes, site, options,
+        version) -> (out, …).
         identifier: unique name of the site in this process.
         options: ``Options.key()``.
         version: hash of the package's sources.
@@ -42,9 +45,9 @@ def splice(site: Site, op: Callable[..., Any], identifier: str, options: str, ve
     """
     write = SizedWriter(site.out, (site.q.node, site.k.node, site.v.node))
     q, k, v = _operands(write, site)
-    call = write.call(
-        op, q, k, v, None, list(site.owners), _scale(write, site), site.causal, identifier, options, version
-    )
+    masks, changes = bias.operands(write, site.terms, site.batch, site.zero_rows)
+    owners, scale = list(site.owners), _scale(write, site)
+    call = write.call(op, q, k, v, masks, owners, scale, site.causal, changes.text(), identifier, options, version)
     _replace(write, site, write.call(operator.getitem, call, 0))
     return call
 
@@ -55,8 +58,8 @@ def splice_gradients(site: Site, call: fx.Node, backward: Callable[..., Any], ve
     Args:
         site: a site with gradients, spliced by now; those that ``g`` may come from, later sites, not yet.
         call: what :func:`splice` returned.
-        backward: ``torch.ops.polyattn.attention_backward.default`` (g, q, k, v, out, stat, fitted, plan, scale, causal,
-        version, needs) -> (dq, dk, dv).
+        backward: ``torch.ops.polyattn.attention_backward.default`` (g, q, k, v, masks, *what the forward returned,
+        scale, causal, changes, version, needs) -> (dq, dk, dv).
 
     Raises:
         SpliceError: as :func:`splice`.
@@ -71,9 +74,10 @@ def splice_gradients(site: Site, call: fx.Node, backward: Callable[..., Any], ve
     if site.gradients.g.transposed:
         g = write.call(_aten.transpose.int, g, -2, -1)
     g = write.fold(g, site.batch, [site.gradients.g.tokens, site.gradients.g.features])
-    saved = [write.call(operator.getitem, call, at) for at in range(4)]
+    q, k, v, masks, _, scale, causal, changes, *_ = call.args
+    saved = [write.call(operator.getitem, call, at) for at in range(OUTPUTS)]
     needs = [gradient is not None for gradient in site.gradients.given]
-    made = write.call(backward, g, *call.args[:4], *saved, call.args[5], site.causal, version, needs)
+    made = write.call(backward, g, q, k, v, masks, *saved, scale, causal, changes, version, needs)
     for at, gradient in enumerate(site.gradients.given):
         if gradient is None:
             continue

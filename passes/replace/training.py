@@ -102,6 +102,19 @@ def stays(site: Site, needs: Collection[fx.Node] | None) -> str:
     return ""
 
 
+def unknowable(site: Site, needs: Collection[fx.Node] | None) -> str:
+    """Why a call in training cannot look at the masks of a site; empty where it can.
+
+    Args:
+        needs: what :func:`needing` found; None where that was not asked.
+    """
+    if any(term.added and (needs is None or term.node in needs) for term in site.terms):
+        return "no low-rank form for a bias that needs a gradient"
+    if _written_later(site):
+        return "the mask is changed in place later, and the backward would need it as it is now"
+    return ""
+
+
 def _written_later(site: Site) -> bool:
     table, after = roots(site.out.graph), False
     held = {table[term.node] for term in site.terms}

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from polyattn.errors import DeviceError, DtypeError, OptionValueError, ShapeError
 from polyattn.options import Options
+from polyattn.passes.match.changes import NOTHING
 from polyattn.rewriter.masks.mask import CAUSAL, NONE, Mask
 from polyattn.runtime import ops, registry
 
@@ -147,7 +148,9 @@ def measure(
         with torch.inference_mode(False), torch.enable_grad():
             leaves = [x.detach().clone().requires_grad_(g is not None) for x in (q, k, v)]
             wanted, cotangent, gradients = _exact(cast("Tensors", tuple(leaves)), g, mask, factor, seed)
-            out = torch.ops.polyattn.attention(*leaves, None, [owner], factor, causal, SITE, opts.key(), ops.VERSION)[0]
+            out = torch.ops.polyattn.attention(
+                *leaves, [], [owner], factor, causal, NOTHING.text(), SITE, opts.key(), ops.VERSION
+            )[0]
             found = Errors.of(out, wanted, v)
             if cotangent is not None:
                 made = torch.autograd.grad(out, leaves, cotangent.to(out.dtype))

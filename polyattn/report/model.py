@@ -43,7 +43,8 @@ class SiteReport:
     """How the model writes it, for example ``softmax(q @ kᵀ * s) @ v``."""
     causal: bool
     mask: str
-    """``none``, ``causal``, or what else is added to or put in place of the scores."""
+    """``none``, ``causal``, ``key padding``, or what else is added to the scores (``bias``) or put in their place
+    (``mask``), as far as it is known when compiling."""
     scale: float
     """Factor of the logits; NaN where it depends on a dynamic size."""
     compiled_shape: dict[str, int | str]
@@ -92,6 +93,12 @@ class SiteReport:
         lambda state: dict(state.decision.shape),
         lambda site: dict(site.compiled_shape),
         "Sizes by name: batch, heads, kv_heads, n_q, n_k, d, e; those of a run once there was one.",
+    )
+    seen = FromState[str](
+        lambda state: state.decision.seen,
+        lambda site: site.mask,
+        "Which keys queries see: ``none``, ``causal``, ``key padding``, ``causal + key padding``, or that it is other. "
+        "Where compiling does not know what a mask shows (``mask`` says ``mask`` or ``bias``), each call looks at it.",
     )
     features = WhileLowRank[str](
         lambda state: state.plan.family.name,

@@ -54,8 +54,10 @@ def shape_text(shape: Mapping[str, int | str]) -> str:
 def site_text(site: SiteView) -> str:
     """Write one site: its line and spelling, its sizes, and for each of its states verdict, costs and errors."""
     scale = "of a dynamic size" if math.isnan(site.scale) and not site.exact else f"{site.scale:.6g}"
-    lines = [site.where, f"  {site.spelling}", f"  {shape_text(site.shape)}   scale={scale}   mask={site.mask}"]
     states = site.states
+    seen = [state.decision.seen for state in states if state.decision.seen != site.mask]
+    mask = site.mask if site.exact or not seen else f"{site.mask}, seen: {', '.join(dict.fromkeys(seen))}"
+    lines = [site.where, f"  {site.spelling}", f"  {shape_text(site.shape)}   scale={scale}   mask={mask}"]
     if site.exact:
         lines += _wrapped(f"EXACT: {site.exact}", 2)
     elif not states:

@@ -17,17 +17,19 @@ from typing import Any
 
 import torch
 
-from polyattn.errors import DeviceError, DoubleBackwardError, DtypeError, ShapeError
+from polyattn.errors import DeviceError, DoubleBackwardError, DtypeError, PolyattnError, ShapeError
 from polyattn.options import Options
+from polyattn.passes.match.changes import NOTHING, Change, Changes
+from polyattn.passes.replace.splice import OUTPUTS
 from polyattn.rewriter.masks.mask import CAUSAL, NONE
 from polyattn.runtime import exact as dense
 from polyattn.runtime import execute, fits, policy, registry
 from polyattn.runtime import key_mask as masking
 from polyattn.runtime.call import attempt
-from polyattn.runtime.exact import ExactSoftmax
+from polyattn.runtime.call_masks import Masks, nothing_hidden
 from polyattn.runtime.execute import accumulator
 from polyattn.runtime.observe import observers
-from polyattn.site_plan import EXACT, SitePlan, intern, interned
+from polyattn.site_plan import EXACT, ExactPlan, SitePlan, intern, interned
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -80,6 +82,14 @@ def _options(key: str) -> Options:
     return Options.from_key(key)
 
 
+def _may_be_low_rank(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: str, causal: bool, scale: float
+) -> bool:
+    """Whether a call with masks can be low rank, if they show that it may."""
+    plan = _site_plan(options, causal, scale, q.shape[-1], q.device.type, True)
+    return not policy.why_exact(tuple(_shape(q, k, v).items()), plan, options)
+
+
 @functools.lru_cache(maxsize=1024)
 def _site_plan(options: str, causal: bool, scale: float, d: int, device: str, padding: bool) -> SitePlan:
     return SitePlan.of(_options(options), causal, scale, d, device, padding)
@@ -88,103 +98,126 @@ def _site_plan(options: str, causal: bool, scale: float, d: int, device: str, pa
 @torch.library.custom_op(
     "polyattn::attention",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor[] owners, float scale, bool causal, str site, "
-    "str options, str version) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor[] masks, Tensor[] owners, float scale, bool causal, str changes, "
+    "str site, str options, str version) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    keep: torch.Tensor | None,
+    masks: Sequence[torch.Tensor],
     owners: Sequence[torch.Tensor],
     scale: float,
     causal: bool,
+    changes: str,
     site: str,
     options: str,
     version: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    opts = _options(options)
-    plain = _site_plan(options, causal, scale, q.shape[-1], q.device.type, keep is not None)
-    wide = accumulator(q.dtype)
+) -> tuple[torch.Tensor, ...]:
+    opts, wide = _options(options), accumulator(q.dtype)
     if q.numel() == 0 or k.numel() == 0:  # nothing to decide, and nothing that torch's kernel survives
         out, stat = dense.empty_tokens_first(q, v.shape[-1]).zero_(), q.new_zeros(q.shape[:-1], dtype=wide)
-        return out, stat, fits.nothing(k, opts), torch.tensor([EXACT])
+        return out, stat, fits.nothing(k, opts), torch.tensor([EXACT]), *nothing_hidden(masks, q, k)
+    call = Masks.of(masks, changes, CAUSAL if causal else NONE, q, k, _may_be_low_rank(q, k, v, options, causal, scale))
+    padding = call.keep is not None
+    plain = _site_plan(options, call.mask.is_causal, scale, q.shape[-1], q.device.type, padding)
     pointers = tuple(owner.data_ptr() for owner in owners)
-    key = registry.Key(site, pointers, options, causal, scale, q.shape[-1], v.shape[-1])
-    entry = registry.find(key, lambda: policy.decide(_shape(q, k, v), plain, opts))
+    seen = policy.OTHER if call.other else plain.seen
+    key = registry.Key(site, pointers, options, seen, scale, q.shape[-1], v.shape[-1])
+    shape = _shape(q, k, v)
+    entry = registry.find(key, lambda: call.decide(shape, plain, opts))
     record = registry.enter(entry, opts, q, k, v)
     with torch.autocast(q.device.type, enabled=False):
         made, fit, plan = None, None, plain
         if record.low_rank:
-            made, plan, fit = attempt(entry, record, (q, k, v), opts, keep)
+            made, plan, fit = attempt(entry, record, (q, k, v), opts, call.keep)
         registry.leave(entry, record, made is not None, fit, q, k, v)
         # operators may not return what they keep
         fitted = fits.nothing(k, opts) if fit is None else fit.values.clone()
+        executed: SitePlan | ExactPlan | None = plan
         if made is None:
-            out, stat = dense.forward(q, k, v, plain, keep)
+            out, stat, executed = call.exact((q, k, v), scale)
             out, stat = dense.tokens_first(out), stat.to(wide)
         else:
             out = dense.tokens_first(made.out.reshape(*q.shape[:-1], v.shape[-1]).to(q.dtype))
             stat = made.denominators.reshape(q.shape[:-1])
         for observer in observers():
             used = None if made is None else plan
-            observer.forward(entry, (q, k, v), out, used, fit, keep)
-        return out, stat, fitted, torch.tensor([intern(plan) if made is not None else EXACT])
+            observer.forward(entry, (q, k, v), out, used, fit, call.keep)
+        call.write_lost(out, (q, k, v), scale)
+        return out, stat, fitted, torch.tensor([intern(executed)]), *call.hidden(q, k)
 
 
 @_attention.register_fake
 def _(
-    q: Any, k: Any, v: Any, keep: Any, owners: Any, scale: Any, causal: Any, site: Any, options: Any, version: Any
+    q: Any,
+    k: Any,
+    v: Any,
+    masks: Any,
+    owners: Any,
+    scale: Any,
+    causal: Any,
+    changes: Any,
+    site: Any,
+    options: Any,
+    version: Any,
 ) -> Any:
     check(q, k, v)
     wide = accumulator(q.dtype)
     out = dense.empty_tokens_first(q, v.shape[-1])
     stat = q.new_empty(q.shape[:-1], dtype=wide)
     fitted = q.new_empty(fits.packed_shape(k, _options(options)), dtype=wide)
-    return out, stat, fitted, torch.empty(1, dtype=torch.int64, device="cpu")
+    return out, stat, fitted, torch.empty(1, dtype=torch.int64, device="cpu"), *nothing_hidden(masks, q, k)
 
 
 @torch.library.custom_op(
     "polyattn::attention_backward",
     mutates_args=(),
-    schema="(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor out, Tensor stat, Tensor fitted, "
-    "Tensor plan, float scale, bool causal, str version, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor g, Tensor q, Tensor k, Tensor v, Tensor[] masks, Tensor out, Tensor stat, Tensor fitted, "
+    "Tensor plan, Tensor kept, Tensor lost, float scale, bool causal, str changes, str version, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 def _attention_backward(
     g: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    keep: torch.Tensor | None,
+    masks: Sequence[torch.Tensor],
     out: torch.Tensor,
     stat: torch.Tensor,
     fitted: torch.Tensor,
     plan: torch.Tensor,
+    kept: torch.Tensor,
+    lost: torch.Tensor,
     scale: float,
     causal: bool,
+    changes: str,
     version: str,
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     with torch.autocast(q.device.type, enabled=False):
         made: tuple[torch.Tensor | None, ...]
-        mask, forward = CAUSAL if causal else NONE, interned(int(plan))
+        executed = interned(int(plan))
+        call = Masks.again(masks, changes, executed, CAUSAL if causal else NONE, kept, lost, q, k)
+        rest, out = call.without_lost(g), call.without_lost(out)
         if q.numel() == 0 or k.numel() == 0:
             made = (torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
-        elif forward is not None:
+        elif isinstance(executed, SitePlan):
             packed = fitted if fitted.numel() else None
-            made = execute.backward(g, q, k, v, out, stat, forward, packed, needs, keep)
+            made = execute.backward(rest, q, k, v, out, stat, executed, packed, needs, call.keep)
         else:
-            made = dense.backward(g, (q, k, v), out, stat, ExactSoftmax(scale, mask), keep)
-    results = []
-    for need, x, like in zip(needs, made, (q, k, v), strict=True):
-        if need and x is not None:
-            results.append(dense.tokens_first(x.reshape(like.shape).to(like.dtype)))
-        else:
-            results.append(like.new_zeros(0))
-    for observer in observers():
-        given = [x if need else None for need, x in zip(needs, results, strict=True)]
-        observer.backward(g, (q, k, v), mask, given, keep)
-    return results[0], results[1], results[2]
+            made = call.exact_backward(rest, (q, k, v), out, stat, scale)
+        results = []
+        for need, x, like in zip(needs, made, (q, k, v), strict=True):
+            results.append(x.reshape(like.shape) if need and x is not None else None)
+        for observer in observers():
+            observer.backward(g, (q, k, v), call.mask, results, call.keep)
+        results = call.add_lost_gradients(results, g, (q, k, v), scale)
+    dq, dk, dv = (
+        like.new_zeros(0) if x is None else dense.tokens_first(x.to(like.dtype))
+        for x, like in zip(results, (q, k, v), strict=True)
+    )
+    return dq, dk, dv
 
 
 def fake_gradients(tensors: Sequence[Any], needs: Sequence[bool]) -> tuple[Any, ...]:
@@ -196,37 +229,29 @@ def fake_gradients(tensors: Sequence[Any], needs: Sequence[bool]) -> tuple[Any, 
 
 
 @_attention_backward.register_fake
-def _(
-    g: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    keep: Any,
-    out: Any,
-    stat: Any,
-    fitted: Any,
-    plan: Any,
-    scale: Any,
-    causal: Any,
-    version: Any,
-    needs: Any,
-) -> Any:
-    return fake_gradients((q, k, v), needs)
+def _(g: Any, q: Any, k: Any, v: Any, *others: Any) -> Any:
+    return fake_gradients((q, k, v), others[-1])
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    q, k, v, keep, owners, scale, causal, _, _, version = inputs
-    out, stat, fitted, plan = output
-    ctx.mark_non_differentiable(stat, fitted, plan)
-    ctx.save_for_backward(q, k, v, keep, out, stat, fitted, plan)
-    ctx.scale, ctx.causal, ctx.version, ctx.owners = scale, causal, version, len(owners)
+    q, k, v, masks, owners, scale, causal, changes, _, _, version = inputs
+    if any(mask.requires_grad for mask in masks):
+        raise PolyattnError("polyattn::attention has no gradient of a mask; detach it")
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(q, k, v, *output, *masks)
+    ctx.scale, ctx.causal, ctx.changes, ctx.version = scale, causal, changes, version
+    ctx.owners = len(owners)
 
 
 def _backward(ctx: Any, g: torch.Tensor, *unused: Any) -> Any:
     needs = list(ctx.needs_input_grad[:3])
-    made = torch.ops.polyattn.attention_backward(g, *ctx.saved_tensors, ctx.scale, ctx.causal, ctx.version, needs)
+    q, k, v, *rest = ctx.saved_tensors
+    output, masks = rest[:OUTPUTS], rest[OUTPUTS:]
+    made = torch.ops.polyattn.attention_backward(
+        g, q, k, v, masks, *output, ctx.scale, ctx.causal, ctx.changes, ctx.version, needs
+    )
     gradients = [x if need else None for x, need in zip(made, needs, strict=True)]
-    return (*gradients, None, [None] * ctx.owners, None, None, None, None, None)
+    return (*gradients, [None] * len(masks), [None] * ctx.owners, None, None, None, None, None, None)
 
 
 def _twice(ctx: Any, *unused: Any) -> Any:
@@ -282,6 +307,11 @@ def attention(
         frame = sys._getframe(1)
         site = f"polyattn.attention at {frame.f_code.co_filename}:{frame.f_lineno}"
 
-    keep = None if key_mask is None else masking.expanded(key_mask, k)
-    out: torch.Tensor = torch.ops.polyattn.attention(q4, k4, v4, keep, [], factor, causal, site, opts.key(), VERSION)[0]
+    masks, changes = [], NOTHING
+    if key_mask is not None:
+        masks = [masking.expanded(key_mask, k)[:, None, None]]
+        changes = Changes((Change("replace", causal=causal),), zero=True)
+    out: torch.Tensor = torch.ops.polyattn.attention(
+        q4, k4, v4, masks, [], factor, causal, changes.text(), site, opts.key(), VERSION
+    )[0]
     return out.reshape(*(lead if q.ndim > 3 else ()), *q.shape[-3:-1], v.shape[-1])

@@ -17,6 +17,7 @@ import sympy
 from polyattn.options import Options
 from polyattn.passes.derive.forms import Form, softmax
 from polyattn.passes.derive.kernels import exact_cost, kernels
+from polyattn.passes.match.site import Site
 from polyattn.rewriter.algebra.tensor import N_K
 from polyattn.rewriter.families.family import Fit
 from polyattn.rewriter.masks.mask import NONE
@@ -77,9 +78,43 @@ def decide(shape: Mapping[str, int], plan: SitePlan, options: Options) -> SiteSt
         verdict, reason = "exact", f"low rank costs {after / before:.2f} times exact attention at this length"
     else:
         reason = f"low rank costs {after / before:.2f} times exact attention"
-    decision = Decision(verdict, reason, plan, dict(shape), before, after, *symbolic)
+    decision = Decision(verdict, reason, plan, dict(shape), before, after, *symbolic, plan.seen)
     state = SiteState(decision)
     return state if verdict == "low_rank" else become_exact(state, reason)
+
+
+OTHER = "neither causal nor key padding"
+"""What is said of other masks."""
+
+
+def other_mask(shape: Mapping[str, int], plan: SitePlan, options: Options) -> SiteState:
+    """The state of a site under a mask that has no low-rank form, or that it was no use to look at."""
+    reason = f"the mask of the call is {OTHER}"
+    state = decide(shape, plan, options)
+    state = dataclasses.replace(state, decision=dataclasses.replace(state.decision, seen=OTHER))
+    return become_exact(state, reason) if state.low_rank else state
+
+
+@functools.lru_cache(maxsize=4096)
+def why_exact(sizes: tuple[tuple[str, int], ...], plan: SitePlan, options: str) -> str:
+    """Why a site of these sizes is exact whatever its mask shows; empty where it may be low rank.
+
+    Args:
+        options: ``Options.key``.
+    """
+    state = decide(dict(sizes), plan, Options.from_key(options))
+    return "" if state.low_rank else state.decision.reason
+
+
+def why_site_is_exact(site: Site, options: Options) -> str:
+    """Why a site is exact in every call, whatever its masks show, as far as its sizes are known when compiling."""
+    if options.policy == "exact":
+        return "policy='exact'"
+    sizes = {name: size for name, size in site.shape.items() if isinstance(size, int)}
+    if len(sizes) < len(site.shape):
+        return ""
+    plan = SitePlan.of(options, site.causal, 1.0, sizes["d"], site.q.value.device.type, padding=True)
+    return why_exact(tuple(sizes.items()), plan, options.key())
 
 
 def become_exact(state: SiteState, reason: str) -> SiteState:

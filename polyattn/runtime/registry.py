@@ -31,7 +31,9 @@ class Key(NamedTuple):
     """Memory of the parameters that feed the site."""
     options: str
     """``Options.key``."""
-    causal: bool
+    seen: str
+    """Which keys queries see, in words: ``none``, ``causal``, ``key padding``, …; a call's masks may differ from the
+    last one's."""
     scale: float
     d: int
     e: int

@@ -146,7 +146,7 @@ def _form(where: Key) -> dict[str, Any]:
     return {
         **{name: getattr(chosen, name) for name in FIT_FIELDS},
         "exact_keys": list(chosen.exact_keys),
-        "causal": where.causal,
+        "seen": where.seen,
         "scale": where.scale,
         "d": where.d,
     }

@@ -32,6 +32,8 @@ class Decision:
     flops_after: int
     flops_before_symbolic: sympy.Expr
     flops_after_symbolic: sympy.Expr
+    seen: str = "none"
+    """Which keys queries see: ``none``, ``causal``, ``key padding``, ``causal + key padding``, or that it is other."""
 
 
 @dataclass(frozen=True)

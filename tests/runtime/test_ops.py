@@ -320,8 +320,20 @@ def test_operator_is_well_formed() -> None:
     import polyattn.runtime.ops as ops
 
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    for keep in (None, torch.arange(9)[None] < 5):
-        arguments = (q, k, v, keep, [], 0.5, False, "test", polyattn.Options(policy="low_rank").key(), ops.VERSION)
+    for masks, changes in (([], "softmax"), ([(torch.arange(9) < 5)[None, None, None]], "zero; replace -inf")):
+        arguments = (
+            q,
+            k,
+            v,
+            masks,
+            [],
+            0.5,
+            False,
+            changes,
+            "test",
+            polyattn.Options(policy="low_rank").key(),
+            ops.VERSION,
+        )
         torch.library.opcheck(torch.ops.polyattn.attention.default, arguments, test_utils=checks)
 
 

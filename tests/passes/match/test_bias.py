@@ -51,24 +51,24 @@ MASKS: dict[str, tuple[Callable[..., Any], Callable[[], list[torch.Tensor]], str
     "key padding, bool": (
         lambda q, k, v, keep: scores(q, k).masked_fill(~keep[:, None, None, :], -INF).softmax(-1) @ v,
         lambda: [*qkv(), KEEP],
-        "mask",
+        "key padding",
     ),
     "key padding, bool, smallest number": (
         lambda q, k, v, keep: (
             scores(q, k).masked_fill(~keep[:, None, None, :], torch.finfo(q.dtype).min).softmax(-1) @ v
         ),
         lambda: [*qkv(), KEEP],
-        "mask",
+        "key padding",
     ),
     "key padding, int": (
         lambda q, k, v, keep: scores(q, k).masked_fill(keep[:, None, None, :] == 0, -1e9).softmax(-1) @ v,
         lambda: [*qkv(), KEEP.long()],
-        "mask",
+        "key padding",
     ),
     "key padding, where": (
         lambda q, k, v, keep: torch.where(keep[:, None, None, :], scores(q, k), -INF).softmax(-1) @ v,
         lambda: [*qkv(), KEEP],
-        "mask",
+        "key padding",
     ),
     "key padding, additive": (
         lambda q, k, v, keep: (
@@ -95,7 +95,7 @@ MASKS: dict[str, tuple[Callable[..., Any], Callable[[], list[torch.Tensor]], str
     "one row for all": (
         lambda q, k, v: scores(q, k).masked_fill(torch.ones(1, M).tril(3) == 0, -INF).softmax(-1) @ v,
         qkv,
-        "mask",
+        "key padding",
     ),
     "causal and padding": (
         lambda q, k, v, keep: (
@@ -106,7 +106,7 @@ MASKS: dict[str, tuple[Callable[..., Any], Callable[[], list[torch.Tensor]], str
             @ v
         ),
         lambda: [*qkv(), KEEP],
-        "causal + mask",
+        "causal + key padding",
     ),
     "bias per head, with gradient": (
         lambda q, k, v, bias: (scores(q, k) + bias).softmax(-1) @ v,
@@ -138,7 +138,7 @@ MASKS: dict[str, tuple[Callable[..., Any], Callable[[], list[torch.Tensor]], str
             (scores(q, k) + bias + bias.flip(0)).masked_fill(~keep[:, None, None, :], -INF).softmax(-1) @ v
         ),
         lambda: [*qkv(), rand(H, N, M), KEEP],
-        "mask + bias",
+        "key padding + bias",
     ),
     "bias of transposed scores": (
         lambda q, k, v, bias: (k @ q.transpose(-2, -1) + bias).softmax(-2).transpose(-2, -1) @ v,
@@ -175,7 +175,7 @@ MASKS: dict[str, tuple[Callable[..., Any], Callable[[], list[torch.Tensor]], str
     "torch's own attention with a mask": (
         lambda q, k, v, keep: F.scaled_dot_product_attention(q, k, v, attn_mask=keep[:, None, None, :]),
         lambda: [*qkv(), KEEP],
-        "mask",
+        "key padding",
     ),
     "torch's own attention with a bias": (
         lambda q, k, v, bias: F.scaled_dot_product_attention(q, k, v, attn_mask=bias),

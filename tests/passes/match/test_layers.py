@@ -41,7 +41,7 @@ LAYERS: dict[str, Layers] = {
     ),
     "encoder layer, unbatched": (lambda: layer(nn.TransformerEncoderLayer), ((N, C),), {}, ["none"], ["none"]),
     "encoder layer, padding": (
-        lambda: layer(nn.TransformerEncoderLayer), X, {"src_key_padding_mask": PAD}, ["bias"], ["mask"],
+        lambda: layer(nn.TransformerEncoderLayer), X, {"src_key_padding_mask": PAD}, ["bias"], ["key padding"],
     ),
     "encoder layer, mask": (lambda: layer(nn.TransformerEncoderLayer), X, {"src_mask": CAUSAL}, ["bias"], ["mask"]),
     "encoder layer, causal": (
@@ -65,7 +65,7 @@ LAYERS: dict[str, Layers] = {
         ["bias"] * 2, ["bias"] * 2,
     ),
     "encoder": (encoder, X, {}, ["none"] * 2, ["none"] * 2),
-    "encoder, padding": (encoder, X, {"src_key_padding_mask": PAD}, ["bias"] * 2, ["mask"] * 2),
+    "encoder, padding": (encoder, X, {"src_key_padding_mask": PAD}, ["bias"] * 2, ["key padding"] * 2),
     "encoder, mask": (encoder, X, {"mask": CAUSAL, "is_causal": False}, ["bias"] * 2, ["mask"] * 2),
     "encoder, causal": (encoder, X, {"mask": CAUSAL, "is_causal": True}, ["causal"] * 2, ["mask"] * 2),
     "transformer": (transformer, XY, {}, ["none"] * 3, ["none"] * 3),
@@ -75,7 +75,7 @@ LAYERS: dict[str, Layers] = {
     ),
     "transformer, paddings": (
         transformer, XY, {"src_key_padding_mask": PAD, "memory_key_padding_mask": PAD, "tgt_key_padding_mask": PADDING},
-        ["bias"] * 3, ["mask", "bias", "bias"],
+        ["bias"] * 3, ["key padding", "bias", "bias"],
     ),
 }  # fmt: skip
 
@@ -123,7 +123,7 @@ def test_the_fused_encoder_layer_is_opened(norm_first: bool, activation: str) ->
     padding = torch.zeros(2, n, dtype=torch.bool)
     padding[0, 7:] = True
     later = torch.ones(n, n, dtype=torch.bool).triu(1)
-    for given, mask in (({}, "none"), ({"src_key_padding_mask": padding}, "mask"), ({"src_mask": later}, "mask"),
+    for given, mask in (({}, "none"), ({"src_key_padding_mask": padding}, "key padding"), ({"src_mask": later}, "mask"),
                         ({"src_key_padding_mask": padding, "src_mask": later}, "mask")):  # fmt: skip
 
         def function(x, given=given):

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from polyattn.passes.match.masks import Step, Unprovable, causal, describe, step
+from polyattn.passes.match.masks import Step, Unprovable, Visible, describe, step, visible
 
 INF = float("inf")
 N, M = 5, 7
@@ -85,7 +87,10 @@ BAD: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
     "random": (lambda: torch.rand(N, M), "rand"),
     "one_row": (lambda: torch.ones(1, M).tril() * torch.ones(N, M), "broadcast along"),
     "cumsum": (lambda: torch.ones(N, M).cumsum(0), "cumsum"),
-    "diff_that_jumps": (lambda: torch.diff(index(M)[None], prepend=index(M)[None, :1] - 2) == 1, "continue the count"),
+    "diff_that_jumps": (
+        lambda: torch.diff(index(M).expand(N, M), prepend=index(M).expand(N, M)[:, :1] - 2) == 1,
+        "continue the count",
+    ),
     "indexed_from_the_end": (lambda: index(M)[index(N) - 1][:, None] > index(M)[None, :], "from the end"),
     "sums": (lambda: (index(N)[:, None] + index(M)[None, :]) > 3, "compare query positions"),
     "position": (lambda: index(M), "a position"),
@@ -93,7 +98,7 @@ BAD: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
     "slice_from_one": (lambda: torch.ones(9, 9).tril()[1 : N + 1, :M], "does not start at 0"),
     "floor": (lambda: torch.ones(N, M).tril().floor(), "floor"),
     "reshaped": (lambda: torch.ones(N, M).tril().reshape(M, N), "reshaped"),
-    "trailing_axis": (lambda: torch.ones(N, M).tril()[..., None], "trailing axis"),
+    "trailing_axis": (lambda: torch.ones(N, M).tril()[..., None].expand(N, M, 2) > index(2), "trailing axis"),
     "reversed": (lambda: torch.ones(N, M).tril().flip(0), "flip"),
 }
 
@@ -113,7 +118,65 @@ def test_inputs_are_unprovable() -> None:
 
 
 def test_causal_is_exactly_the_diagonal() -> None:
-    verdicts = {d: causal(step(trace(lambda d=d: torch.ones(N, M).tril(d))[0]), keep=1, drop=0) for d in (-1, 0, 1)}
-    assert verdicts == {-1: None, 0: True, 1: None}
-    assert causal(Step.constant(0.0), keep=0.0, drop=-INF) is False
-    assert causal(Step.constant(True), keep=1, drop=0) is None, "a boolean is no number"
+    def hidden(value: Any) -> bool:
+        return value == 0
+
+    bands = {d: step(trace(lambda d=d: torch.ones(N, M).tril(d))[0]) for d in (-1, 0, 1)}
+    verdicts = {d: visible(value, keep=1, hidden=hidden) for d, value in bands.items()}
+    assert verdicts == {-1: None, 0: Visible(True, fill=0.0), 1: None}
+    assert visible(Step.constant(0.0), keep=0.0, hidden=lambda v: v == -INF) == Visible(False)
+    assert visible(Step.constant(True), keep=1, hidden=hidden) is None, "a boolean is no number"
+
+
+KEEP = torch.tensor([[True, True, False, True, False, True], [True] * 6, [False] * 6])
+Q = K = KEEP.shape[1]
+ATOMS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
+    lambda m: m[:, None, None],
+    lambda m: m.view(3, 1, 1, K).expand(3, 1, Q, K),
+    lambda m: m[:, None, :, None],
+    lambda m: m[:, None].expand(-1, Q, -1)[:, None],
+    lambda m: m[torch.arange(3)[:, None, None, None], torch.arange(K)],
+    lambda m: m.unsqueeze(-1).transpose(1, 2).unsqueeze(1),
+    lambda m: torch.ones(Q, K, dtype=torch.bool).tril(),
+    lambda m: torch.ones(Q, K, dtype=torch.bool).triu(1),
+    lambda m: torch.arange(Q)[:, None] >= 0,
+    lambda m: torch.arange(K) < m.sum(1)[:, None, None, None],
+    lambda m: (m.to(torch.float32)[:, None, None] * -1e9) < -1.0,
+)
+JOINS: tuple[Callable[..., torch.Tensor], ...] = (
+    lambda a, b, c: a & b,
+    lambda a, b, c: a | b,
+    lambda a, b, c: ~a,
+    lambda a, b, c: torch.where(a, b, c),
+    lambda a, b, c: a.masked_fill(b.expand_as(a & b)[:1, :1] if a.dim() < b.dim() else b, True) if a.dim() == 4 else a,
+    lambda a, b, c: a == b,
+    lambda a, b, c: (a & b & c).tril(),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(*[st.integers(0, 20)] * 4), min_size=1, max_size=4), st.integers(0, 20), st.booleans())
+def test_what_structure_tells_is_true(program: list[tuple[int, ...]], first: int, keep: bool) -> None:
+    """Random masks of padding, positions and each other: what they are known to show, they show."""
+
+    def build(m: torch.Tensor) -> torch.Tensor:
+        made = [ATOMS[first % len(ATOMS)](m)]
+        for kind, *operands in program:
+            a, b, c = ((made + [atom(m) for atom in ATOMS])[at % (len(made) + len(ATOMS))] for at in operands)
+            made.append(JOINS[kind % len(JOINS)](made[-1] if kind % 2 else a, b, c))
+        return made[-1].expand(3, 1, Q, K)
+
+    try:
+        value = build(KEEP)
+    except RuntimeError:  # shapes that do not fit
+        return
+    node = make_fx(build, pre_dispatch=True, tracing_mode="fake")(KEEP).graph.output_node().args[0]
+    try:
+        found = visible(step(node).within(Q, K), keep=keep, hidden=lambda v: v != keep)
+    except Unprovable:
+        return
+    if found is None:
+        return
+    shown = (value == keep)[:, 0]
+    wanted = shown[:, -1:].expand(-1, Q, -1) if found.keyed else torch.ones_like(shown)
+    assert torch.equal(shown, wanted & torch.ones(Q, K, dtype=torch.bool).tril() if found.causal else wanted)

@@ -43,7 +43,7 @@ def baddbmm(q, k, v):
 SPELLINGS: dict[str, tuple[Callable[..., Any], str]] = {
     "by hand": (plain, "none"),
     "causal": (causal, "causal"),
-    "masked": (lambda q, k, v: masked(q, k, v, torch.arange(k.shape[-2]) < 5), "mask"),
+    "masked": (lambda q, k, v: masked(q, k, v, torch.arange(k.shape[-2]) < 5), "key padding"),
     "einsum": (
         lambda q, k, v: torch.einsum("bhij,bhje->bhie", torch.einsum("bhid,bhjd->bhij", q, k).softmax(-1), v), "none",
     ),
@@ -189,7 +189,7 @@ def test_gradients_enabled_inside_no_grad() -> None:
 def test_inference_mode_around() -> None:
     with torch.inference_mode():
         check(lambda q, k, v, keep, bias: masked(q, k, v, keep) + biased(q, k, v, bias),
-              [x.clone() for x in (*qkv(B, H), KEEP, rand(H, N, M))], "mask", "bias")  # fmt: skip
+              [x.clone() for x in (*qkv(B, H), KEEP, rand(H, N, M))], "key padding", "bias")  # fmt: skip
 
 
 @pytest.mark.parametrize("part", ["weights", "product"])

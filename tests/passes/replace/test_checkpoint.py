@@ -35,10 +35,10 @@ BODIES: dict[str, tuple[Callable[..., Any], list[torch.Tensor], tuple[str, ...],
     # body, further inputs, masks of the sites, how many of them are the operator
     "plain": (plain, [], ("none",), 1),
     "causal": (causal, [], ("causal",), 1),
-    "masked": (masked, [KEEP], ("mask",), 0),
+    "masked": (masked, [KEEP], ("key padding",), 0),
     "bias": (biased, [rand(H, N, M)], ("bias",), 0),
     "two": (lambda q, k, v: plain(q, k, causal(k, k, v)), [], ("causal", "none"), 2),
-    "masked and plain": (lambda q, k, v, keep: plain(q, k, masked(k, k, v, keep)), [KEEP], ("mask", "none"), 1),
+    "masked and plain": (lambda q, k, v, keep: plain(q, k, masked(k, k, v, keep)), [KEEP], ("key padding", "none"), 1),
 }
 
 

@@ -120,8 +120,8 @@ def test_call_carries_scale_mask_owners_and_identifier() -> None:
     q = torch.randn(2, 3, 8, 4)
     gm = spliced(softmax_attention, q, q, q)
     (call,) = (node for node in gm.graph.nodes if node.target is OP)
-    _, _, _, keep, owners, scale, causal, site, _, version = call.args
-    assert keep is None
+    _, _, _, masks, owners, scale, causal, changes, site, _, version = call.args
+    assert (list(masks), changes) == ([], "softmax")
     assert (list(owners), scale, causal, site) == ([], 0.3, True, "test/0")
     assert version == VERSION
     assert "test_splice.py" in call.meta["stack_trace"]

@@ -26,6 +26,8 @@ B, H, N, M, D, E = 2, 3, 10, 7, 8, 6
 INF = float("inf")
 MIN = torch.finfo(torch.float64).min
 OP = torch.ops.polyattn.masked_attention.default
+LOOKS = torch.ops.polyattn.attention.default
+"""The operator that looks at its masks in each call, where compiling does not know that low rank would cost more."""
 
 
 def rand(*size: int, seed: int = 0, grad: bool = True, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -102,7 +104,7 @@ def check_replaced(function: Callable[..., Any], inputs: list[Any], dynamic: boo
     (site,) = report.sites
     assert site.verdict == "exact"
     assert "stays as it was" not in site.reason
-    assert calls(graphs).count(OP) == 1
+    assert [target for target in calls(graphs) if target in (OP, LOOKS)] in ([[OP], [LOOKS]] if dynamic else [[OP]])
     assert not {str(target) for target in calls(graphs)} & {"aten.softmax.int", "aten._softmax.default"}
     for x, y in zip(found, wanted, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9, equal_nan=True)
