@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import torch
 from paper_gradients import relative
 
-from polyattn.passes.derive.derive import Step, derive, exact
+from polyattn.passes.derive.derive import AppliedRule, derive, exact
 from polyattn.passes.derive.forms import FORMS, PAPER
 from polyattn.rewriter.algebra import expr as ir
 from polyattn.rewriter.algebra.expr import Def, Expr, Factor, Tensor
@@ -36,7 +36,7 @@ TERMS = (
 class Terms:
     """What the algebra derived, and how far it is from autograd."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[AppliedRule, ...]
     exact: dict[str, str]
     """Each of the five terms as the traced autograd graph has it: name → text in index notation."""
     low_rank: dict[str, str]

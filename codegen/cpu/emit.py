@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from polyattn.codegen.cpu.draft import Draft
 from polyattn.codegen.cpu.layout import Value, ordered
-from polyattn.codegen.cpu.loops import Walk, walk
+from polyattn.codegen.cpu.loops import LoopCode, walk
 from polyattn.codegen.cpu.plan import Body, product, state_key, steps
 from polyattn.codegen.cpu.states import States
 from polyattn.codegen.cpu.tiles import Tiles
@@ -12,7 +12,7 @@ from polyattn.codegen.spec import QUERY_SIDE, TOKENS, KernelSpec, Loop, accumula
 from polyattn.rewriter.planning.plan import Node
 
 
-class Writer:
+class LoopWriter:
     """Writes the loops of a specification: ``lines``, and in ``draft`` what they need beside them.
 
     Raises:
@@ -35,14 +35,14 @@ class Writer:
             self._loop(loop, walked)
             results += [f'"{name}": {name}' for name, n in loop.stores if n.tokens]
         for name, n in self.spec.states:
-            body = Body(Walk())
+            body = Body(LoopCode())
             value = self._states.state(n, body)
             self.lines += body.before
             order = [str(value.layout.index(x) + 1) for x in letters(n)]
             results.append(f'"{name}": {value.name}.permute(0, {", ".join(order)})')
         self.lines.append(f"return {{{', '.join(results)}}}")
 
-    def _loop(self, loop: Loop, walked: Walk) -> None:
+    def _loop(self, loop: Loop, walked: LoopCode) -> None:
         stores = {n: name for name, n in loop.stores if n.tokens}
         sums = self._sums(loop)
         body = Body(walked, stores, self.spec.chunked, max(self.draft.ranks.values(), default=0))

@@ -13,7 +13,7 @@ from polyattn.codegen.spec import KernelSpec, Loop
 from polyattn.rewriter.masks.mask import Sums
 
 
-class Walk:
+class LoopCode:
     """A loop over blocks of one token; what it sums up is complete when it ends."""
 
     span: ClassVar[str] = "block"
@@ -67,7 +67,7 @@ class Walk:
         return []
 
 
-class Chunks(Walk):
+class Chunks(LoopCode):
     """A loop over chunks of queries and keys together: a step reads the sums of the chunks before it."""
 
     masks = ".unflatten(1, (groups, rows)).tril_()  # keys up to the query's own position"
@@ -87,7 +87,7 @@ class Chunks(Walk):
         ]
 
 
-class ChunkSums(Walk):
+class ChunkSumsCode(LoopCode):
     """A loop over chunks of one token of which each leaves its own sum; when it ends, each has that of far chunks."""
 
     kept, helpers = "chunks", ("elsewhere",)
@@ -109,7 +109,7 @@ class ChunkSums(Walk):
         return [f"elsewhere({state.name})" for state in states]
 
 
-class Neighbours(ChunkSums):
+class NeighboursCode(ChunkSumsCode):
     """A loop over chunks of one token, with the same chunk of the other one and its neighbours: all pairs are near."""
 
     span = "3 * block"
@@ -139,11 +139,11 @@ class Neighbours(ChunkSums):
         return [f"far_{x.name} = {x.name}[start // block]  # {sizes.shape(x.layout)}" for x in used]
 
 
-def walk(spec: KernelSpec, loop: Loop) -> Walk:
+def walk(spec: KernelSpec, loop: Loop) -> LoopCode:
     """The kind of a loop."""
-    kind: type[Walk]
+    kind: type[LoopCode]
     if spec.mask.sums is Sums.ELSEWHERE:
-        kind = Neighbours if loop.stores else ChunkSums
+        kind = NeighboursCode if loop.stores else ChunkSumsCode
     else:
-        kind = Chunks if spec.mask.sums is Sums.RUNNING else Walk
+        kind = Chunks if spec.mask.sums is Sums.RUNNING else LoopCode
     return kind(None if loop.axis is None else loop.axis.letter, loop.descending)

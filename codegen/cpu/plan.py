@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import sympy
 
 from polyattn.codegen.cpu.layout import Layout, Value, large, long, ordered
-from polyattn.codegen.cpu.loops import Walk
+from polyattn.codegen.cpu.loops import LoopCode
 from polyattn.codegen.spec import FEATURES, TOKENS, WIDTHS, accumulates, letters
 from polyattn.errors import EmitError
 from polyattn.rewriter.planning.plan import Node, walk
@@ -18,7 +18,7 @@ _NAMES = {"O": "out", "D": "denominators", "B": "key_weights"}
 
 
 @dataclass(frozen=True)
-class Product:
+class LetterProduct:
     """A contraction by letters: operands, what they share, what is left; ``scale`` are weights taken out of a sum."""
 
     operands: tuple[Node, ...]
@@ -30,7 +30,7 @@ class Product:
         return tuple(sorted(self.operands, key=lambda n: n.serial)), ordered(self.result)
 
 
-def product(n: Node) -> Product:
+def product(n: Node) -> LetterProduct:
     """A contraction, with weights taken out of a sum over tokens: Σ_i w_α φ_iα g_ib = w_α Σ_i φ_iα g_ib.
 
     Raises:
@@ -49,8 +49,8 @@ def product(n: Node) -> Product:
         for k, operand in enumerate(n.args):
             weights, rest = weighted(operand)
             if weights is not None and set(letters(weights)) <= set(result):
-                return Product((*n.args[:k], rest, *n.args[k + 1 :]), result, weights)
-    return Product(n.args, result)
+                return LetterProduct((*n.args[:k], rest, *n.args[k + 1 :]), result, weights)
+    return LetterProduct(n.args, result)
 
 
 def weighted(n: Node) -> tuple[Node | None, Node]:
@@ -104,7 +104,7 @@ def state_key(n: Node) -> object:
 class Body:
     """One loop as it is written: its lines, what has a value, which memory is whose, and until when."""
 
-    walk: Walk
+    walk: LoopCode
     outputs: dict[Node, str] = field(default_factory=dict)
     chunked: bool = False
     degree: int = 0

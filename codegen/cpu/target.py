@@ -11,7 +11,7 @@ import torch
 
 from polyattn.codegen import tables
 from polyattn.codegen.cpu.draft import Draft
-from polyattn.codegen.cpu.emit import Writer
+from polyattn.codegen.cpu.emit import LoopWriter
 from polyattn.codegen.cpu.fused import DTYPES, FLASH
 from polyattn.codegen.cpu.layout import Layout, Sizes, number
 from polyattn.codegen.cpu.plan import state_key
@@ -78,10 +78,10 @@ def gradient(t, phi, spare, d, starts, views):
 
 
 @functools.cache
-def _written(spec: KernelSpec) -> Writer | str:
+def _written(spec: KernelSpec) -> LoopWriter | str:
     """The loops of a specification, or why there is no code for it."""
     try:
-        return Writer(spec)
+        return LoopWriter(spec)
     except ScheduleError as error:
         return str(error)
 
@@ -96,7 +96,7 @@ def _text(spec: KernelSpec) -> str:
     return "\n\n\n".join(parts) + "\n"
 
 
-def _header(spec: KernelSpec, writer: Writer) -> str:
+def _header(spec: KernelSpec, writer: LoopWriter) -> str:
     outputs = ", ".join(name for loop in spec.loops for name, _ in loop.stores) or "states"
     degrees = writer.draft.ranks.values()
     family = f"degree {max(degrees)}" if degrees else "no features" if spec.rule is None else spec.rule.title
@@ -130,7 +130,7 @@ def _weights(draft: Draft) -> str:
     return "\n".join([*lines, "    }"])
 
 
-def _run(spec: KernelSpec, writer: Writer) -> str:
+def _run(spec: KernelSpec, writer: LoopWriter) -> str:
     draft = writer.draft
     named = dict.fromkeys(("Q", "K", *spec.inputs))
     lines = [f"{', '.join(named)} = " + ", ".join(f'inputs["{name}"]' for name in named)]
@@ -191,7 +191,7 @@ class CPUTarget(Target):
     ) -> dict[str, torch.Tensor]:
         """See :meth:`Target.run`."""
         module, writer, sample = tables.module(f"cpu_{spec.name}", _text(spec)), _written(spec), inputs["Q"]
-        assert isinstance(writer, Writer)
+        assert isinstance(writer, LoopWriter)
         weights = {
             name: tables.weights(coefficients, basis, sample.dtype, sample.device)
             for name, coefficients in module.weights(scalars).items()

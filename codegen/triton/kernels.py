@@ -33,7 +33,7 @@ class Launch:
     grid: str
 
 
-class Writer:
+class KernelWriter:
     """All kernels of one specification."""
 
     def __init__(self, spec: KernelSpec) -> None:

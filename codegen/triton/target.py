@@ -17,7 +17,7 @@ from polyattn.codegen.tables import Scalars
 from polyattn.codegen.target import Fused, Target
 from polyattn.codegen.triton.emit import letters, rank_name
 from polyattn.codegen.triton.fused import kernel_for
-from polyattn.codegen.triton.kernels import CONSTANTS, Launch, Writer
+from polyattn.codegen.triton.kernels import CONSTANTS, KernelWriter, Launch
 from polyattn.errors import EmitError, ScheduleError
 from polyattn.rewriter.algebra import monomials
 from polyattn.rewriter.algebra.monomials import Basis
@@ -53,7 +53,7 @@ def _written(spec: KernelSpec) -> Emitted | str:
             return f"{title} have no Triton code yet"
     if spec.mask.sums is Sums.ELSEWHERE:
         return f"an exact {spec.mask.name} has no Triton code yet"
-    writer = Writer(spec)
+    writer = KernelWriter(spec)
     try:
         writer.write()
     except ScheduleError as error:
@@ -78,7 +78,7 @@ def emitted(spec: KernelSpec) -> Emitted:
     return made
 
 
-def _header(spec: KernelSpec, writer: Writer) -> str:
+def _header(spec: KernelSpec, writer: KernelWriter) -> str:
     lines = [f'"""{spec.name} of low-rank attention, degree {writer.degree}, {spec.mask.title}.', ""]
     weights = ", B [heads, n_k]" if "B" in spec.inputs else ""
     lines.append(
@@ -95,7 +95,7 @@ def _header(spec: KernelSpec, writer: Writer) -> str:
     return "\n".join(lines)
 
 
-def _run_text(spec: KernelSpec, writer: Writer) -> str:
+def _run_text(spec: KernelSpec, writer: KernelWriter) -> str:
     lines = [
         "def run(inputs, tables, ranks, chunk_size, blocks, acc, dtype):",
         '    """Launch every kernel in order; outputs by name, in the accumulator\'s dtype."""',

@@ -98,7 +98,7 @@ def pipeline(form: Form, rule: ApproximateRule, gradient: str) -> tuple[Rule, ..
 
 
 @dataclass(frozen=True)
-class Step:
+class AppliedRule:
     """One rule of a derivation: its name, why it holds (with its source in math.md), the program after it."""
 
     rule: str
@@ -119,10 +119,10 @@ def exact(form: Form, backward: bool = True) -> Program:
 
 
 @functools.cache
-def derive(form: Form, rule: ApproximateRule, gradient: str) -> tuple[Step, ...]:
+def derive(form: Form, rule: ApproximateRule, gradient: str) -> tuple[AppliedRule, ...]:
     """The derivation of the low-rank program; the last step's program computes O and every gradient.
 
     The arguments are those of :func:`pipeline`.
     """
     rules = pipeline(form, rule, gradient)
-    return tuple(Step(made.name, made.note, after(rules[: n + 1])) for n, made in enumerate(rules))
+    return tuple(AppliedRule(made.name, made.note, after(rules[: n + 1])) for n, made in enumerate(rules))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import sympy
 
 from polyattn.codegen import targets
-from polyattn.passes.derive.derive import Step, derive
+from polyattn.passes.derive.derive import AppliedRule, derive
 from polyattn.passes.derive.forms import Form
 from polyattn.passes.derive.kernels import exact_plan, kernels
 from polyattn.passes.derive.log import Log, formulas
@@ -24,7 +24,7 @@ class Derivation:
     ``str`` is the readable log; ``shape`` (``n_q``, ``n_k``, ``d``, ``e``, ``chunk``) adds numbers to it.
     """
 
-    steps: tuple[Step, ...]
+    steps: tuple[AppliedRule, ...]
     form: Form
     rule: ApproximateRule
     gradient: str

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import sympy
 
 from polyattn.errors import RewriteError
-from polyattn.passes.derive.derive import Step
+from polyattn.passes.derive.derive import AppliedRule
 from polyattn.passes.derive.forms import Form
 from polyattn.rewriter.algebra import expr as ir
 from polyattn.rewriter.algebra.expr import Expr, Factor, Term
@@ -22,7 +22,7 @@ from polyattn.rewriter.algebra.programs import Program
 from polyattn.rewriter.algebra.tensor import Indicator, Kind, Leaf, Map, Poly, Tensor
 from polyattn.rewriter.notation import printer
 from polyattn.rewriter.notation.recipe import Block, Recipe, recipe
-from polyattn.rewriter.notation.recipe import Step as Line
+from polyattn.rewriter.notation.recipe import RecipeLine as Line
 from polyattn.rewriter.notation.symbols import LATEX
 from polyattn.rewriter.planning import cost
 from polyattn.rewriter.planning.cost import write, write_leading
@@ -49,7 +49,7 @@ class Log:
 
     def write(
         self,
-        steps: Sequence[Step],
+        steps: Sequence[AppliedRule],
         programs: Mapping[str, Program],
         costs: Mapping[str, sympy.Expr],
         shape: Mapping[str, int] | None = None,

@@ -37,7 +37,7 @@ from polyattn.passes.match.scores import (
     FLOWS,
     OTHER_PRODUCTS,
     PRODUCT,
-    Walk,
+    ScoreWalk,
     carry,
     check_upcast,
     dropout_rate,
@@ -140,7 +140,7 @@ def _match_softmax(context: Context, softmax: fx.Node) -> Site:
         )
     left, right = _operands(product)
     v = Operand(right) if weights_first else Operand(left, transposed=True)
-    walk = Walk(key_last=dim == -1)
+    walk = ScoreWalk(key_last=dim == -1)
     scores = walk_back(context, softmax, walk, path)
     first, second = _operands(scores)
     rows, columns = Operand(first), Operand(second, transposed=True)

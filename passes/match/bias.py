@@ -1,8 +1,8 @@
 """What is added to the scores, or put in their place, before the softmax, and the attn_mask that means the same.
 
-A causal mask that is proved from its structure is not kept here; every other mask or bias is a :class:`Term`. One that
-may be key padding, or that is not known, is looked at in each call (:func:`operands`); any other, and those of a site
-that cannot be low rank anyway, make it exact: ``scaled_dot_product_attention`` takes it as its ``attn_mask``.
+A causal mask that is proved from its structure is not kept here; every other mask or bias is a :class:`MaskTerm`. One
+that may be key padding, or that is not known, is looked at in each call (:func:`operands`); any other, and those of a
+site that cannot be low rank anyway, make it exact: ``scaled_dot_product_attention`` takes it as its ``attn_mask``.
 
     softmax(s + m) V                     → attn_mask = m
     softmax(s.masked_fill(x, f)) V       → attn_mask = ¬x,  for f = -inf or f ≤ FILL: the weight of the rest is 0
@@ -33,7 +33,7 @@ FILL = -1e4
 
 
 @dataclasses.dataclass(frozen=True)
-class Term:
+class MaskTerm:
     """One mask or bias, as it stands in the graph.
 
     ``added``: a tensor added to the scores, times ``factor``. Otherwise a bool tensor that replaces scores by ``fill``
@@ -79,7 +79,7 @@ class Term:
         return Change("add" if self.added else "replace", fill if self.added else self.fill, causal, rows != "none")
 
 
-def unsayable(terms: Sequence[Term]) -> str:
+def unsayable(terms: Sequence[MaskTerm]) -> str:
     """Why no attn_mask means the same: replaced scores that do not all take one value, or are added to afterwards."""
     fills = {term.fill for term in terms if not term.added}
     if len(fills) > 1:
@@ -90,7 +90,7 @@ def unsayable(terms: Sequence[Term]) -> str:
     return ""
 
 
-def describe(terms: Sequence[Term]) -> str:
+def describe(terms: Sequence[MaskTerm]) -> str:
     """``key padding``, ``mask``, ``bias``, or several: for reports."""
     said = {term.word for term in terms}
     return " + ".join(word for word in ("key padding", "mask", "bias") if word in said)
@@ -104,7 +104,7 @@ def no_form(kind: str, why: str, nodes: Sequence[fx.Node]) -> str:
     return f"no low-rank form for a {kind} that is not provably causal{proof}{costs}"
 
 
-def why_not_looked_at(terms: Sequence[Term]) -> str:
+def why_not_looked_at(terms: Sequence[MaskTerm]) -> str:
     """Why no call need look at what the terms show: one of them is known to be neither causal nor key padding."""
     return next(
         (f"the {term.word} is neither causal nor the same for all queries" for term in terms if term.general), ""
@@ -112,7 +112,7 @@ def why_not_looked_at(terms: Sequence[Term]) -> str:
 
 
 def operands(
-    write: SizedWriter, terms: Sequence[Term], batch: tuple[Any, ...], zero: bool
+    write: SizedWriter, terms: Sequence[MaskTerm], batch: tuple[Any, ...], zero: bool
 ) -> tuple[list[fx.Node], Changes]:
     """The tensors of the terms as an operator takes them, [B|1, H|1, n_q|1, n_k|1], and what they do to the scores.
 
@@ -139,7 +139,7 @@ def operands(
     return tensors, Changes(tuple(steps), zero)
 
 
-def attn_mask(write: SizedWriter, terms: Sequence[Term], batch: tuple[Any, ...]) -> tuple[fx.Node, bool]:
+def attn_mask(write: SizedWriter, terms: Sequence[MaskTerm], batch: tuple[Any, ...]) -> tuple[fx.Node, bool]:
     """The mask of a site in its graph, with at most four axes [B, H, n_q, n_k], and whether it is bool (True: kept).
 
     Args:
@@ -165,7 +165,7 @@ def attn_mask(write: SizedWriter, terms: Sequence[Term], batch: tuple[Any, ...])
     return total, False
 
 
-def place(write: SizedWriter, term: Term, batch: tuple[Any, ...]) -> fx.Node:
+def place(write: SizedWriter, term: MaskTerm, batch: tuple[Any, ...]) -> fx.Node:
     """A term's tensor as [B, H, n_q, n_k], or what broadcasts to it; the batch is folded as splicing folds it."""
     node, sizes = term.node, list(shape(term.node))
     while len(sizes) < 2:

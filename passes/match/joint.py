@@ -38,7 +38,7 @@ from polyattn.passes.match.axes import (
 )
 from polyattn.passes.match.mask_nodes import argument
 from polyattn.passes.match.masks import Unprovable
-from polyattn.passes.match.scores import CARRIES, DROPOUT, PRODUCT, Walk, carry, name_of, number, users
+from polyattn.passes.match.scores import CARRIES, DROPOUT, PRODUCT, ScoreWalk, carry, name_of, number, users
 from polyattn.passes.match.site import Gradients, Operand
 from polyattn.passes.replace.writer import ValuedWriter
 
@@ -141,7 +141,7 @@ def output_of(softmax: fx.Node, backward: fx.Node, key_last: bool, path: list[fx
 
 
 def gradients(
-    softmax: fx.Node, backward: fx.Node, key_last: bool, walk: Walk, operands: tuple[Operand, Operand, Operand]
+    softmax: fx.Node, backward: fx.Node, key_last: bool, walk: ScoreWalk, operands: tuple[Operand, Operand, Operand]
 ) -> Gradients:
     """The gradients of a matched attention.
 
@@ -183,7 +183,7 @@ def _add(found: dict[str, Operand], name: str, result: Operand) -> None:
     found[name] = result
 
 
-def _scaled(reader: Reader, walk: Walk) -> Operand:
+def _scaled(reader: Reader, walk: ScoreWalk) -> Operand:
     """The product of a gradient that is scaled like the scores, before the product or (baddbmm) after it."""
     result, way = reader.result, reader.way
     while not (math.isclose(way.scale, walk.scale, rel_tol=1e-12) and _names(way.sizes) == _names(walk.sizes)):
@@ -202,7 +202,7 @@ def _names(sizes: Sequence[tuple[fx.Node, int]]) -> list[tuple[str, int]]:
     return sorted((str(node.meta["val"]), power) for node, power in sizes)
 
 
-def _said(way: Way | Walk) -> str:
+def _said(way: Way | ScoreWalk) -> str:
     return " ".join([f"{way.scale:g}", *(f"{'*' if power > 0 else '/'} {name}" for name, power in _names(way.sizes))])
 
 

@@ -17,9 +17,9 @@ from polyattn.passes.match.mask_values import (
     BEFORE,
     INFINITE,
     LAST,
-    Index,
     Meaning,
-    Step,
+    Position,
+    StepFunction,
     Unprovable,
     Value,
     Varies,
@@ -36,7 +36,7 @@ def _filled(position: int, name: str, value: Value | None = None) -> Callable[[f
         fill = value if value is not None else argument(node, position, name)
         if not isinstance(fill, (bool, int, float)):
             raise Unprovable("the mask is filled with a value that is not a number")
-        return Step.constant(cast(fill, dtype_of(node)))
+        return StepFunction.constant(cast(fill, dtype_of(node)))
 
     return handler
 
@@ -47,12 +47,12 @@ def _arange(node: fx.Node) -> Meaning:
     start = 0 if overload == "default" else numbers[0]
     if not isinstance(start, int) or (len(numbers) > 2 and numbers[2] != 1):
         raise Unprovable("arange does not count up by one from a known start")
-    return Index(((-1, 1),), start)
+    return Position(((-1, 1),), start)
 
 
 def _same_meaning(node: fx.Node) -> Meaning:
     value = meaning(node.args[0])
-    if isinstance(value, Index):
+    if isinstance(value, Position):
         return value
     dtype = dtype_of(node)
     return pointwise(lambda v: cast(v, dtype), value, dtype=dtype)
@@ -77,7 +77,7 @@ def _additive(sign: int) -> Callable[[fx.Node], Meaning]:
 
     def handler(node: fx.Node) -> Meaning:
         left, right = operand(node.args[0], node), operand(node.args[1], node)
-        if isinstance(left, Step) and isinstance(right, Step):
+        if isinstance(left, StepFunction) and isinstance(right, StepFunction):
             return plain(node)
         pair = index_of(left), index_of(right)
         if node.kwargs.get("alpha", 1) != 1:
@@ -92,24 +92,24 @@ def _compare(function: Callable[[Any, Any], bool]) -> Callable[[fx.Node], Meanin
 
     def handler(node: fx.Node) -> Meaning:
         left, right = operand(node.args[0], node), operand(node.args[1], node)
-        if isinstance(left, Step) and isinstance(right, Step):
+        if isinstance(left, StepFunction) and isinstance(right, StepFunction):
             return plain(node)
         difference = index_of(left).plus(index_of(right), -1)
         table = dict(difference.coefficients)
         if len({LAST, BEFORE} & set(table)) < 2:
-            return Step.constant(_along(function, difference, node))
+            return StepFunction.constant(_along(function, difference, node))
         sign = table.get(-1, 0)
         if set(table) != {-1, -2} or sign not in (1, -1) or table[-2] != -sign:
             raise Unprovable("the mask does not compare query positions with key positions")
         # the difference is sign * offset + constant: it changes sign at one offset
         centre = -sign * difference.constant
         sides = [bool(function(sign * (centre + side), sign * centre)) for side in (-1, 0, 1)]
-        return Step(((centre - 1, sides[0]), (centre, sides[1]), (INFINITE, sides[2]))).simplified()
+        return StepFunction(((centre - 1, sides[0]), (centre, sides[1]), (INFINITE, sides[2]))).simplified()
 
     return handler
 
 
-def _along(function: Callable[[Any, Any], bool], difference: Index, node: fx.Node) -> Value | Varies:
+def _along(function: Callable[[Any, Any], bool], difference: Position, node: fx.Node) -> Value | Varies:
     """A comparison of positions along at most one of the two axes with 0: known where it is the same for all."""
     low = high = float(difference.constant)
     for axis, coefficient in difference.coefficients:
@@ -141,7 +141,7 @@ def _diff(node: fx.Node) -> Meaning:
     value, prepend = meaning(source), argument(node, 3, "prepend")
     if argument(node, 1, "n", 1) != 1 or argument(node, 4, "append") is not None:
         raise Unprovable("diff of a higher order, or with something appended")
-    if not isinstance(value, Index):
+    if not isinstance(value, Position):
         raise Unprovable("diff of something that is not a position")
     dim = int(argument(node, 2, "dim", -1))
     axis = dim - rank_of(source) if dim >= 0 else dim
@@ -149,24 +149,24 @@ def _diff(node: fx.Node) -> Meaning:
     if prepend is not None:
         before = meaning(prepend)
         rest = {a: c for a, c in value.coefficients if a != axis}
-        if not isinstance(before, Index) or not is_one(prepend.meta["val"].shape[axis]):
+        if not isinstance(before, Position) or not is_one(prepend.meta["val"].shape[axis]):
             raise Unprovable("diff with something prepended that is not one position")
         if {a: c for a, c in before.coefficients if a != axis} != rest or value.constant - before.constant != slope:
             raise Unprovable("diff with something prepended that does not continue the count")
-    return Step.constant(slope)
+    return StepFunction.constant(slope)
 
 
 def _cumsum(node: fx.Node) -> Meaning:
     value = meaning(node.args[0])
-    number = value.everywhere if isinstance(value, Step) else None
+    number = value.everywhere if isinstance(value, StepFunction) else None
     if number is None or not isinstance(number, int):
         raise Unprovable("cumsum of anything but one integer")
     each = int(number)
     if each == 0:
-        return Step.constant(cast(0, dtype_of(node)))
+        return StepFunction.constant(cast(0, dtype_of(node)))
     dim = int(argument(node, 1, "dim"))
     axis = dim - rank_of(node) if dim >= 0 else dim
-    return Index(((axis, each),), each)
+    return Position(((axis, each),), each)
 
 
 def _literal(node: fx.Node) -> Meaning:
@@ -175,7 +175,7 @@ def _literal(node: fx.Node) -> Meaning:
     if isinstance(source, fx.Node) and source.op == "get_attr" and str(source.target).startswith("_tensor_constant"):
         held = getattr(source.graph.owning_module, str(source.target), None)
         if isinstance(held, torch.Tensor) and held.dim() == 0 and not held.is_complex():
-            return Step.constant(held.item())
+            return StepFunction.constant(held.item())
     return meaning(source)
 
 

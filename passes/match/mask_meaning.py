@@ -20,7 +20,7 @@ import torch
 import torch.fx as fx
 
 from polyattn.passes.match.mask_nodes import is_one, same_statically
-from polyattn.passes.match.mask_values import Index, Meaning, Step, Unprovable, Varies
+from polyattn.passes.match.mask_values import Meaning, Position, StepFunction, Unprovable, Varies
 
 HANDLERS: dict[Any, Callable[[fx.Node], Meaning]] = {}
 """By aten operator; the modules of handlers fill it."""
@@ -33,7 +33,7 @@ def meaning(node: Any) -> Meaning:
         Unprovable: with the reason.
     """
     if isinstance(node, (bool, int, float)):
-        return Step.constant(node)
+        return StepFunction.constant(node)
     if not isinstance(node, fx.Node):
         raise Unprovable("the mask depends on a symbolic number")
     try:
@@ -42,7 +42,7 @@ def meaning(node: Any) -> Meaning:
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor) or value.dtype.is_complex:
             raise
-        return Step.constant(Varies.of(value.dtype, *wide_axes(node), reason=str(reason)))
+        return StepFunction.constant(Varies.of(value.dtype, *wide_axes(node), reason=str(reason)))
 
 
 def wide_axes(node: fx.Node) -> list[int]:
@@ -62,12 +62,12 @@ def _by_structure(node: fx.Node) -> Meaning:
     return handler(node)
 
 
-def step(node: Any) -> Step:
+def step(node: Any) -> StepFunction:
     """The meaning of a node that must be a function of the offset alone; see :func:`meaning`."""
     value = meaning(node)
-    if isinstance(value, Index):
+    if isinstance(value, Position):
         if not value.coefficients:
-            return Step.constant(value.constant)
+            return StepFunction.constant(value.constant)
         raise Unprovable("the mask is a position, not a comparison of positions")
     if value.varies is not None and len(value.axes) == 2:
         raise Unprovable(value.unknown or "the mask depends on queries and keys in a way that is not known")
@@ -77,36 +77,36 @@ def step(node: Any) -> Step:
 def operand(source: Any, node: fx.Node) -> Meaning:
     """The meaning of an operand that is broadcast to the shape of ``node``: no axis that it depends on may grow."""
     value = meaning(source)
-    if isinstance(value, Step) and not value.axes:
+    if isinstance(value, StepFunction) and not value.axes:
         return value
     old, new = list(source.meta["val"].shape), list(node.meta["val"].shape)
-    axes = sorted(value.axes) if isinstance(value, Step) else [axis for axis, _ in value.coefficients]
+    axes = sorted(value.axes) if isinstance(value, StepFunction) else [axis for axis, _ in value.coefficients]
     if axes and (-min(axes) > len(old) or not same_statically([old[a] for a in axes], [new[a] for a in axes])):
         raise Unprovable("the mask is broadcast along its query or key axis")
     return value
 
 
-def offset_operand(source: Any, node: fx.Node) -> Step:
-    """As :func:`operand`, of what must be a function of the offset."""
+def offset_operand(source: Any, node: fx.Node) -> StepFunction:
+    """The meaning of an operand (:func:`operand`) that must be a function of the offset."""
     value = operand(source, node)
-    if isinstance(value, Step):
+    if isinstance(value, StepFunction):
         return value
     if not value.coefficients:
-        return Step.constant(value.constant)
+        return StepFunction.constant(value.constant)
     raise Unprovable("the mask is a position, not a comparison of positions")
 
 
-def index_of(value: Meaning) -> Index:
+def index_of(value: Meaning) -> Position:
     """A value as a position: a known integer is one that depends on no axis.
 
     Raises:
         Unprovable: it is neither.
     """
-    if isinstance(value, Index):
+    if isinstance(value, Position):
         return value
     number = value.everywhere
     if number is not None and isinstance(number, int):
-        return Index((), int(number))
+        return Position((), int(number))
     raise Unprovable(value.unknown or "positions are combined with a mask")
 
 

@@ -1,9 +1,9 @@
 """What a mask can mean: a step function of the offset ``j - i``, or positions along axes.
 
-* ``Step(((k1, v1), (k2, v2), ..., (inf, vn)))``: value v1 where offset ≤ k1, v2 where k1 < offset ≤ k2, ...
+* ``StepFunction(((k1, v1), (k2, v2), ..., (inf, vn)))``: value v1 where offset ≤ k1, v2 where k1 < offset ≤ k2, ...
 * a value may be ``Varies(axes, choices)``: not known when compiling, a function of the position along these axes alone
   (and of the batch element), such as which keys are padding.
-* ``Index(coefficients, constant)``: an ``arange`` seen along the named axes (counted from the last one).
+* ``Position(coefficients, constant)``: an ``arange`` seen along the named axes (counted from the last one).
 """
 
 from __future__ import annotations
@@ -55,17 +55,17 @@ class Varies:
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class StepFunction:
     """A function of the offset ``j - i`` (last axis minus the one before it), piecewise constant or unknown."""
 
     pieces: tuple[tuple[float, Value | Varies], ...]
 
     @staticmethod
-    def constant(value: Value | Varies) -> Step:
+    def constant(value: Value | Varies) -> StepFunction:
         """The step function with one value everywhere, or an unknown one that does not depend on the offset."""
-        return Step(((INFINITE, value),))
+        return StepFunction(((INFINITE, value),))
 
-    def simplified(self) -> Step:
+    def simplified(self) -> StepFunction:
         """The same function with neighbouring pieces of one value joined."""
         pieces: list[tuple[float, Value | Varies]] = []
         for bound, value in self.pieces:
@@ -73,26 +73,26 @@ class Step:
                 pieces[-1] = (bound, value)
             else:
                 pieces.append((bound, value))
-        return Step(tuple(pieces))
+        return StepFunction(tuple(pieces))
 
     def at(self, offset: float) -> Value | Varies:
         """The value at an offset ``j - i``."""
         return next(value for bound, value in self.pieces if offset <= bound)
 
-    def transposed(self) -> Step:
+    def transposed(self) -> StepFunction:
         """The same function with i and j exchanged (offset → -offset)."""
         bounds = [bound for bound, _ in self.pieces[:-1]]
         values = [_exchanged(value) for _, value in self.pieces]
         flipped = [-bound - 1 for bound in reversed(bounds)] + [INFINITE]
-        return Step(tuple(zip(flipped, reversed(values), strict=True)))
+        return StepFunction(tuple(zip(flipped, reversed(values), strict=True)))
 
-    def within(self, rows: Any, columns: Any) -> Step:
+    def within(self, rows: Any, columns: Any) -> StepFunction:
         """The same function at the offsets that a mask of this size has; symbolic sizes restrict nothing."""
         low = 1 - rows if isinstance(rows, int) else -INFINITE
         high = columns - 1 if isinstance(columns, int) else INFINITE
         reached = [(bound, value) for bound, value in self.pieces if bound >= low]
         count = next((n for n, (bound, _) in enumerate(reached, start=1) if bound >= high), len(reached))
-        return Step((*reached[: count - 1], (INFINITE, reached[count - 1][1])))
+        return StepFunction((*reached[: count - 1], (INFINITE, reached[count - 1][1])))
 
     @property
     def everywhere(self) -> Value | None:
@@ -125,21 +125,21 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
-class Index:
+class Position:
     """``sum(coefficient * position along axis) + constant``; axes are counted from the last one, -1, -2, ..."""
 
     coefficients: tuple[tuple[int, int], ...]
     constant: int = 0
 
-    def plus(self, other: Index, sign: int) -> Index:
+    def plus(self, other: Position, sign: int) -> Position:
         """The sum of two positions (``sign`` 1) or their difference (-1)."""
         table = dict(self.coefficients)
         for axis, coefficient in other.coefficients:
             table[axis] = table.get(axis, 0) + sign * coefficient
-        return Index(tuple(sorted((a, c) for a, c in table.items() if c)), self.constant + sign * other.constant)
+        return Position(tuple(sorted((a, c) for a, c in table.items() if c)), self.constant + sign * other.constant)
 
 
-Meaning = Step | Index
+Meaning = StepFunction | Position
 
 
 def _exchanged(value: Value | Varies) -> Value | Varies:
@@ -155,7 +155,7 @@ def _same(a: Value | Varies, b: Value | Varies) -> bool:
     return type(a) is type(b) and (a == b or (a != a and b != b))
 
 
-def pointwise(function: Callable[..., Value], *steps: Step, dtype: torch.dtype | None = None) -> Step:
+def pointwise(function: Callable[..., Value], *steps: StepFunction, dtype: torch.dtype | None = None) -> StepFunction:
     """Apply a scalar function piece by piece; of unknown values, to all that they may be.
 
     Args:
@@ -163,7 +163,7 @@ def pointwise(function: Callable[..., Value], *steps: Step, dtype: torch.dtype |
     """
     bounds = sorted({bound for step in steps for bound, _ in step.pieces})
     made = ((bound, _applied(function, [step.at(bound) for step in steps], dtype)) for bound in bounds)
-    return Step(tuple(made)).simplified()
+    return StepFunction(tuple(made)).simplified()
 
 
 def _applied(function: Callable[..., Value], values: list[Value | Varies], dtype: torch.dtype | None) -> Value | Varies:
@@ -179,7 +179,7 @@ def _applied(function: Callable[..., Value], values: list[Value | Varies], dtype
     return Varies(axes, results, reason) if len(results) > 1 else next(iter(results))
 
 
-def select(condition: Step, chosen: Step, otherwise: Step, dtype: torch.dtype) -> Step:
+def select(condition: StepFunction, chosen: StepFunction, otherwise: StepFunction, dtype: torch.dtype) -> StepFunction:
     """One of two functions by a condition, of a tensor of this dtype."""
     bounds = sorted({bound for step in (condition, chosen, otherwise) for bound, _ in step.pieces})
     pieces: list[tuple[float, Value | Varies]] = []
@@ -190,7 +190,7 @@ def select(condition: Step, chosen: Step, otherwise: Step, dtype: torch.dtype) -
         else:
             made = _applied(lambda x: cast(x, dtype), [a if test else b], dtype)
         pieces.append((bound, made))
-    return Step(tuple(pieces)).simplified()
+    return StepFunction(tuple(pieces)).simplified()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +207,7 @@ class Visible:
     """What it puts in the place of a score after its query, or adds to it."""
 
 
-def visible(value: Step, *, keep: Value, hidden: Callable[[Value], bool]) -> Visible | None:
+def visible(value: StepFunction, *, keep: Value, hidden: Callable[[Value], bool]) -> Visible | None:
     """What a mask shows (last axis: keys); None where it is known to be neither causal nor the same for all queries.
 
     Args:
@@ -236,13 +236,13 @@ def visible(value: Step, *, keep: Value, hidden: Callable[[Value], bool]) -> Vis
     return Visible(causal, True, padding, fill)
 
 
-def describe(value: Step) -> str:
+def describe(value: StepFunction) -> str:
     """``1 where j - i <= 0, 0 elsewhere``: for reasons."""
     parts = [f"{v} where j - i <= {int(bound)}" for bound, v in value.pieces[:-1]]
     return ", ".join([*parts, f"{value.pieces[-1][1]} {'elsewhere' if parts else 'everywhere'}"])
 
 
-def known(value: Step) -> bool:
+def known(value: StepFunction) -> bool:
     """Whether all of its values are known when compiling."""
     return not any(isinstance(v, Varies) for _, v in value.pieces)
 

@@ -10,7 +10,7 @@ import torch.fx as fx
 
 from polyattn.passes.match.mask_meaning import HANDLERS, index_of, meaning, offset_operand, operand, wide_axes
 from polyattn.passes.match.mask_nodes import argument, dtype_of, is_one, rank_of, same_statically
-from polyattn.passes.match.mask_values import INFINITE, Index, Meaning, Step, Unprovable, select
+from polyattn.passes.match.mask_values import INFINITE, Meaning, Position, StepFunction, Unprovable, select
 
 _aten = torch.ops.aten
 
@@ -19,24 +19,24 @@ def _view(node: fx.Node) -> Meaning:
     """Views that only add or drop axes of size one, and expand: the trailing axes keep their places."""
     source = node.args[0]
     value = meaning(source)
-    if isinstance(value, Step) and value.is_constant:
+    if isinstance(value, StepFunction) and value.is_constant:
         return value
     old, new = list(source.meta["val"].shape), list(node.meta["val"].shape)  # type: ignore[union-attr]
-    if isinstance(value, Step) and value.varies is None:
+    if isinstance(value, StepFunction) and value.varies is None:
         if len(new) >= 2 and same_statically(old[-2:], new[-2:]):
             return value
         raise Unprovable(value.unknown or "the query and key axes of the mask are reshaped")
     wide_old = [axis for axis in range(-len(old), 0) if not is_one(old[axis])]
     wide_new = [axis for axis in range(-len(new), 0) if not is_one(new[axis])]
     if len(wide_old) != len(wide_new) or not same_statically([old[a] for a in wide_old], [new[a] for a in wide_new]):
-        raise Unprovable("positions are reshaped" if isinstance(value, Index) else value.unknown)
+        raise Unprovable("positions are reshaped" if isinstance(value, Position) else value.unknown)
     moved = dict(zip(wide_old, wide_new, strict=True))
-    if isinstance(value, Step):
+    if isinstance(value, StepFunction):
         assert value.varies is not None
-        return Step.constant(value.varies.moved(lambda axis: moved[axis]))
+        return StepFunction.constant(value.varies.moved(lambda axis: moved[axis]))
     if any(axis not in moved for axis, _ in value.coefficients):
         raise Unprovable("positions lie along an axis of size one")
-    return Index(tuple(sorted((moved[axis], c) for axis, c in value.coefficients)), value.constant)
+    return Position(tuple(sorted((moved[axis], c) for axis, c in value.coefficients)), value.constant)
 
 
 def _expand(node: fx.Node) -> Meaning:
@@ -48,13 +48,13 @@ def _unsqueeze(node: fx.Node) -> Meaning:
     rank = rank_of(node)
     dim = int(argument(node, 1, "dim"))
     axis = dim - rank if dim >= 0 else dim
-    if isinstance(value, Step):
+    if isinstance(value, StepFunction):
         if value.varies is not None:
-            return Step.constant(value.varies.moved(lambda a: a if a > axis else a - 1))
+            return StepFunction.constant(value.varies.moved(lambda a: a if a > axis else a - 1))
         if value.is_constant or axis < -2:
             return value
         raise Unprovable(value.unknown or "the mask gets a new trailing axis")
-    return Index(tuple((a if a > axis else a - 1, c) for a, c in value.coefficients), value.constant)
+    return Position(tuple((a if a > axis else a - 1, c) for a, c in value.coefficients), value.constant)
 
 
 def _transpose(node: fx.Node) -> Meaning:
@@ -67,10 +67,10 @@ def _transpose(node: fx.Node) -> Meaning:
             raise Unprovable("the axes of the mask are reversed")
     first, second = sorted(dim - rank if dim >= 0 else dim for dim in pair)
     swap = {first: second, second: first}
-    if isinstance(value, Step) and value.varies is not None:
-        return Step.constant(value.varies.moved(lambda a: swap.get(a, a)))
-    if isinstance(value, Index):
-        return Index(tuple(sorted((swap.get(a, a), c) for a, c in value.coefficients)), value.constant)
+    if isinstance(value, StepFunction) and value.varies is not None:
+        return StepFunction.constant(value.varies.moved(lambda a: swap.get(a, a)))
+    if isinstance(value, Position):
+        return Position(tuple(sorted((swap.get(a, a), c) for a, c in value.coefficients)), value.constant)
     if value.is_constant or second < -2 or first == second:
         return value
     if (first, second) == (-2, -1):
@@ -81,7 +81,7 @@ def _transpose(node: fx.Node) -> Meaning:
 def _slice(node: fx.Node) -> Meaning:
     value = meaning(node.args[0])
     start, stride = argument(node, 2, "start"), argument(node, 4, "step", 1)
-    if isinstance(value, Step) and (value.is_constant or value.varies is not None):
+    if isinstance(value, StepFunction) and (value.is_constant or value.varies is not None):
         return value
     if start not in (0, None) or stride != 1:
         raise Unprovable("the mask is a slice that does not start at 0")
@@ -94,8 +94,8 @@ def _band(lower: bool) -> Callable[[fx.Node], Meaning]:
         if not isinstance(diagonal, int):
             raise Unprovable("the diagonal of the mask is symbolic")
         bound = diagonal if lower else diagonal - 1
-        inside = Step(((bound, lower), (INFINITE, not lower)))
-        return select(inside, offset_operand(node.args[0], node), Step.constant(0), dtype_of(node))
+        inside = StepFunction(((bound, lower), (INFINITE, not lower)))
+        return select(inside, offset_operand(node.args[0], node), StepFunction.constant(0), dtype_of(node))
 
     return handler
 
@@ -105,19 +105,21 @@ def _indexed(node: fx.Node) -> Meaning:
     source, indices = node.args[0], node.args[1]
     value = meaning(source)
     assert isinstance(indices, (list, tuple))
-    if isinstance(value, Step) and value.is_constant:
+    if isinstance(value, StepFunction) and value.is_constant:
         return value
-    if isinstance(value, Step) and value.varies is not None:  # some of its values, wherever they come from
-        return Step.constant(dataclasses.replace(value.varies, axes=frozenset(wide_axes(node))))
+    if isinstance(value, StepFunction) and value.varies is not None:  # some of its values, wherever they come from
+        return StepFunction.constant(dataclasses.replace(value.varies, axes=frozenset(wide_axes(node))))
     rank = rank_of(source)
-    if not isinstance(value, Index) or len(indices) != rank or any(index is None for index in indices):
+    if not isinstance(value, Position) or len(indices) != rank or any(index is None for index in indices):
         raise Unprovable("the mask is indexed in a way that is not understood")
-    result = Index((), value.constant)
+    result = Position((), value.constant)
     for axis, coefficient in value.coefficients:
         position = index_of(operand(indices[rank + axis], node))
         if position.constant < 0 or any(c < 0 for _, c in position.coefficients):
             raise Unprovable("positions are indexed from the end")
-        scaled = Index(tuple((a, c * coefficient) for a, c in position.coefficients), position.constant * coefficient)
+        scaled = Position(
+            tuple((a, c * coefficient) for a, c in position.coefficients), position.constant * coefficient
+        )
         result = result.plus(scaled, 1)
     return result
 

@@ -6,9 +6,9 @@ from polyattn.passes.match import mask_arithmetic, mask_views  # noqa: F401  (th
 from polyattn.passes.match.mask_meaning import meaning, step
 from polyattn.passes.match.mask_nodes import argument
 from polyattn.passes.match.mask_values import (
-    Index,
     Meaning,
-    Step,
+    Position,
+    StepFunction,
     Unprovable,
     Value,
     Varies,
@@ -19,9 +19,9 @@ from polyattn.passes.match.mask_values import (
 )
 
 __all__ = [
-    "Index",
     "Meaning",
-    "Step",
+    "Position",
+    "StepFunction",
     "Unprovable",
     "Value",
     "Varies",

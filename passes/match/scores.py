@@ -15,10 +15,10 @@ from torch import fx
 
 from polyattn.passes.match import axes, masks
 from polyattn.passes.match.axes import CAST, REGROUP, SAME, TRANSPOSE, NotAttention, packet, same_sizes, shape
-from polyattn.passes.match.bias import FILL, Term
+from polyattn.passes.match.bias import FILL, MaskTerm
 from polyattn.passes.match.context import Context
 from polyattn.passes.match.mask_nodes import argument
-from polyattn.passes.match.masks import Step, Unprovable, Varies, Visible
+from polyattn.passes.match.masks import StepFunction, Unprovable, Varies, Visible
 
 _aten = torch.ops.aten
 PRODUCT = {_aten.matmul, _aten.mm, _aten.bmm}
@@ -48,7 +48,7 @@ FLOWS = CARRIES | {
 
 
 @dataclasses.dataclass
-class Walk:
+class ScoreWalk:
     """State of the walk from the softmax back to the scores."""
 
     key_last: bool
@@ -57,9 +57,9 @@ class Walk:
     """Dynamic sizes that the scores are multiplied by (1) or divided by (-1) beside ``scale``."""
     scaled: bool = False
     causal: bool = False
-    terms: list[Term] = dataclasses.field(default_factory=list)
+    terms: list[MaskTerm] = dataclasses.field(default_factory=list)
     """Masks and biases, from the softmax back to the product; those that are provably causal are marked so."""
-    factors: list[Term] = dataclasses.field(default_factory=list)
+    factors: list[MaskTerm] = dataclasses.field(default_factory=list)
     """Tensors that scale whole rows of scores: they go to the queries."""
     masks: list[tuple[fx.Node, bool]] = dataclasses.field(default_factory=list)
     """What filled or was added, even where it hides nothing; and whether its last axes are (key, query)."""
@@ -69,7 +69,7 @@ class Walk:
     """Why the attention, although it is one, must stay as it is written."""
 
 
-def walk_back(context: Context, softmax: fx.Node, walk: Walk, path: list[fx.Node]) -> fx.Node:
+def walk_back(context: Context, softmax: fx.Node, walk: ScoreWalk, path: list[fx.Node]) -> fx.Node:
     """From the softmax to the contraction of queries and keys; scale and mask are collected in ``walk``."""
     node, user = softmax.args[0], softmax
     while True:
@@ -139,7 +139,7 @@ def check_upcast(source: fx.Node, node: fx.Node) -> None:
         raise NotAttention(f"the scores are cast from {old} to {new}", node)
 
 
-def _scale(node: fx.Node, walk: Walk) -> fx.Node:
+def _scale(node: fx.Node, walk: ScoreWalk) -> fx.Node:
     left, right = node.args[0], node.args[1]
     if packet(node) is _aten.mul and not isinstance(left, fx.Node):
         left, right = right, left
@@ -163,7 +163,7 @@ def _scale(node: fx.Node, walk: Walk) -> fx.Node:
     return left
 
 
-def _scale_by_tensor(node: fx.Node, walk: Walk, left: Any, right: fx.Node) -> fx.Node:
+def _scale_by_tensor(node: fx.Node, walk: ScoreWalk, left: Any, right: fx.Node) -> fx.Node:
     """A learned temperature, one number or one per head or query: it scales the queries as well."""
     divided = packet(node) is _aten.div
     if not divided and _makes_scores(right) and not _makes_scores(left):
@@ -177,7 +177,7 @@ def _scale_by_tensor(node: fx.Node, walk: Walk, left: Any, right: fx.Node) -> fx
     if not same_sizes(shape(left), shape(node)):
         raise NotAttention("the scale broadcasts the scores", node)
     walk.factors.append(
-        Term(right, tuple(shape(left)[:-2]), not walk.key_last, added=False, factor=-1.0 if divided else 1.0)
+        MaskTerm(right, tuple(shape(left)[:-2]), not walk.key_last, added=False, factor=-1.0 if divided else 1.0)
     )
     walk.scaled = True
     return left
@@ -192,7 +192,7 @@ def number(value: Any, node: fx.Node) -> float:
     return float(value)
 
 
-def _added(context: Context, node: fx.Node, walk: Walk) -> fx.Node:
+def _added(context: Context, node: fx.Node, walk: ScoreWalk) -> fx.Node:
     left, right = node.args[0], node.args[1]
     if node.kwargs.get("alpha", 1) != 1:
         raise NotAttention(f"the scores pass through {name_of(node)} with alpha={node.kwargs['alpha']}", node)
@@ -212,7 +212,7 @@ def _added(context: Context, node: fx.Node, walk: Walk) -> fx.Node:
     return scores
 
 
-def _filled(context: Context, node: fx.Node, walk: Walk) -> fx.Node:
+def _filled(context: Context, node: fx.Node, walk: ScoreWalk) -> fx.Node:
     if packet(node) is _aten.masked_fill:
         scores, mask, value, keep = node.args[0], node.args[1], node.args[2], False
     else:
@@ -246,21 +246,21 @@ def _rounded(value: float, node: fx.Node) -> float:
     return float(torch.tensor(value, dtype=node.meta["val"].dtype))
 
 
-def _proved(context: Context, mask: fx.Node, node: fx.Node, scores: fx.Node, walk: Walk, keep: Any) -> Proof:
+def _proved(context: Context, mask: fx.Node, node: fx.Node, scores: fx.Node, walk: ScoreWalk, keep: Any) -> Proof:
     proof = prove(context, mask, tuple(shape(scores)[-2:]), walk.key_last, keep, _least(walk))
     if not proof.plain:
         walk.unproved.append(proof.reason)
     return proof
 
 
-def _least(walk: Walk) -> float:
+def _least(walk: ScoreWalk) -> float:
     """What masks a score here: FILL, once the scales that follow have been applied."""
     if walk.sizes:
         return -math.inf
     return FILL / walk.scale if walk.scale > 0 else FILL
 
 
-def _keep(walk: Walk, node: fx.Node, scores: fx.Node, other: fx.Node, proof: Proof, **how: Any) -> None:
+def _keep(walk: ScoreWalk, node: fx.Node, scores: fx.Node, other: fx.Node, proof: Proof, **how: Any) -> None:
     """Record a mask or bias; one that hides nothing is dropped."""
     if walk.scale <= 0:
         raise NotAttention(f"a mask is multiplied by {walk.scale}", node)
@@ -274,7 +274,7 @@ def _keep(walk: Walk, node: fx.Node, scores: fx.Node, other: fx.Node, proof: Pro
     walk.masks.append((other, not walk.key_last))
     if visible is None or visible.causal or visible.keyed:
         batch = tuple(shape(scores)[:-2])
-        walk.terms.append(Term(other, batch, not walk.key_last, visible=visible, general=proof.general, **how))
+        walk.terms.append(MaskTerm(other, batch, not walk.key_last, visible=visible, general=proof.general, **how))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,7 +326,7 @@ def prove(
     return Proof(found, found is None and masks.known(value), f"the mask is not causal: {masks.describe(value)}")
 
 
-def _of_pairs(value: Step, mask: Any, pair: tuple[Any, ...]) -> Step | None:
+def _of_pairs(value: StepFunction, mask: Any, pair: tuple[Any, ...]) -> StepFunction | None:
     """The meaning of a mask for scores of this size: a mask with one row, say, is the same for all queries; None where
     it is broadcast otherwise."""
     if not value.axes:
@@ -339,7 +339,7 @@ def _of_pairs(value: Step, mask: Any, pair: tuple[Any, ...]) -> Step | None:
         return None
     known = [v.choices if isinstance(v, Varies) else frozenset((v,)) for _, v in value.pieces]
     choices = None if any(some is None for some in known) else frozenset[Any]().union(*(some or () for some in known))
-    return Step.constant(Varies(value.axes - frozenset(grows), choices))
+    return StepFunction.constant(Varies(value.axes - frozenset(grows), choices))
 
 
 def _makes_scores(node: Any) -> bool:

@@ -13,7 +13,7 @@ import torch.fx as fx
 
 from polyattn.passes.match import axes, joint
 from polyattn.passes.match.axes import NotAttention, packet, same_sizes
-from polyattn.passes.match.bias import FILL, Term, no_form, why_not_looked_at
+from polyattn.passes.match.bias import FILL, MaskTerm, no_form, why_not_looked_at
 from polyattn.passes.match.build import build_site
 from polyattn.passes.match.context import Context
 from polyattn.passes.match.scores import name_of, number, prove, users
@@ -35,7 +35,7 @@ class _Form:
     dropout: float
     sizes: tuple[tuple[fx.Node, int], ...] = ()
     by_head_dim: bool = False
-    terms: tuple[Term, ...] = ()
+    terms: tuple[MaskTerm, ...] = ()
 
     def without_looks(self) -> _Form:
         """The form of a call whose masks cannot be looked at in each run: it is exact, where it has any."""
@@ -136,7 +136,7 @@ def _form(context: Context, node: fx.Node, given: dict[str, Any], q: Operand, k:
         exact = f"dropout with p={dropout} on the weights"
     kind = "causal" if causal else "none"
     mask = given.get("attn_mask", given.get("attn_bias"))
-    terms: tuple[Term, ...] = ()
+    terms: tuple[MaskTerm, ...] = ()
     if mask is not None:
         boolean = isinstance(mask, fx.Node) and mask.meta["val"].dtype == torch.bool
         proof = prove(context, mask, (q.tokens, k.tokens), True, True if boolean else 0.0, FILL)
@@ -144,7 +144,7 @@ def _form(context: Context, node: fx.Node, given: dict[str, Any], q: Operand, k:
             causal = proof.visible.causal or causal
             kind = "causal" if causal else kind
         else:
-            term = Term(mask, q.batch, False, added=not boolean, fill=-math.inf)
+            term = MaskTerm(mask, q.batch, False, added=not boolean, fill=-math.inf)
             term = dataclasses.replace(term, visible=proof.visible, general=proof.general)
             kind = ("causal + " if proof.visible is not None and proof.visible.causal else "") + term.word
             no_look = why_not_looked_at([term])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from polyattn.passes.match.bias import Term
+from polyattn.passes.match.bias import MaskTerm
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (.+)')
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -107,12 +107,12 @@ class Site:
     shape: dict[str, int | str]
     cast: torch.dtype | None
     """The dtype that autocast gives q, k and v, or None outside autocast."""
-    terms: tuple[Term, ...] = ()
+    terms: tuple[MaskTerm, ...] = ()
     """Masks and biases, from the softmax back to the product, that are not causal alone; with a causal one among them
     where there are others. Of a site that may be low rank each call looks at what they show."""
     zero_rows: bool = False
     """Rows in which every score is -inf are 0, as in torch's own attention."""
-    factors: tuple[Term, ...] = ()
+    factors: tuple[MaskTerm, ...] = ()
     """Tensors that the queries are multiplied by (``factor`` 1) or divided by (-1)."""
     sizes: tuple[tuple[fx.Node, int], ...] = ()
     """Dynamic sizes (and what is computed from them) that the scores are multiplied by (1) or divided by (-1)."""

@@ -39,7 +39,7 @@ def autocast_regions(node: fx.Node) -> list[tuple[str, torch.dtype | None, bool]
     return regions
 
 
-class Writer:
+class GraphWriter:
     """Adds calls before a node, with its source line."""
 
     def __init__(self, node: fx.Node) -> None:
@@ -59,7 +59,7 @@ class Writer:
         remove_dead(self.node)
 
 
-class ValuedWriter(Writer):
+class ValuedWriter(GraphWriter):
     """Gives every call its fake value too, for the passes that read it."""
 
     def __init__(self, node: fx.Node) -> None:
@@ -88,7 +88,7 @@ class SpliceError(PolyattnError):
     """The sizes of a site cannot be expressed in its graph."""
 
 
-class SizedWriter(Writer):
+class SizedWriter(GraphWriter):
     """Broadcasts and folds the batch axes of a site; finds symbolic sizes in the graph, without specialising them.
 
     Args:

@@ -11,8 +11,7 @@ from polyattn.report.measure import TINY, Tensors, relative
 from polyattn.report.plots import Samples
 from polyattn.rewriter.families.family import Fit
 from polyattn.rewriter.masks.mask import Mask
-from polyattn.runtime import exact as dense
-from polyattn.runtime import execute
+from polyattn.runtime import exact, execute
 from polyattn.runtime.row_checks import mean_value
 from polyattn.site_plan import SitePlan
 
@@ -81,22 +80,22 @@ def sample(
         kept, part_of = (k[b, h].double(), v[b, h].double()), None if keep is None else keep[b]
         apart = (kept[1] - mean_value(kept[1], part_of)).norm(dim=-1)
         unit = (apart if part_of is None else apart.masked_fill(~part_of, 0)).max().clamp_min(TINY)
-        for part in mine.split(max(1, dense.PAIRS // k.shape[2])):
+        for part in mine.split(max(1, exact.PAIRS // k.shape[2])):
             at = where[part].to(q.device)
             queries = q[at[:, 0], at[:, 1], at[:, 2]].double()
-            weights = dense.weights(queries, kept[0], at[:, 2], plan, part_of)
+            weights = exact.weights(queries, kept[0], at[:, 2], plan, part_of)
             got = out[at[:, 0], at[:, 1], at[:, 2]].double()
             errors[part] = ((got - weights @ kept[1]).norm(dim=-1) / unit).cpu()
             pairs.extend(_pairs(part, where[part, 2], weights, keys, plan.mask, part_of))
-    row, key, drawn, exact = (torch.cat(some) for some in zip(*pairs, strict=True))
+    row, key, drawn, weights = (torch.cat(some) for some in zip(*pairs, strict=True))
     grouped, place = execute.grouped(q, k, v), (key_heads, where[:, 1] % groups, where[:, 2])
     # Which rows were made exact, the call's own values and all of its rows decide.
     fitted, radius = (None, None) if fit is None else (fit.values, fit.radius)
     by_head = execute.grouped_keep(keep, k.shape[1])
     denominators = execute.forward(*grouped, plan, fitted, radius, by_head).denominators
     left = denominators[tuple(x.to(q.device) for x in place)].cpu() <= 0
-    approximate = torch.where(left[row], exact, _approximate(grouped, plan, fitted, place, row, key, by_head))
-    return Samples(state, where, errors, left, row, key, drawn, exact, approximate)
+    approximate = torch.where(left[row], weights, _approximate(grouped, plan, fitted, place, row, key, by_head))
+    return Samples(state, where, errors, left, row, key, drawn, weights, approximate)
 
 
 def _pairs(
@@ -123,8 +122,8 @@ def _pairs(
         visible = mask.visible(positions[number : number + 1], some)[0]
         visible = visible if keep is None else visible & keep[some.to(keep.device)].cpu()
         some, drawn = some[visible], drawn[visible]
-        exact = weights[number, some.to(weights.device)].cpu()
-        found.append((torch.full_like(some, row), some, drawn, exact))
+        of_row = weights[number, some.to(weights.device)].cpu()
+        found.append((torch.full_like(some, row), some, drawn, of_row))
     return found
 
 
@@ -194,12 +193,12 @@ def with_gradients(
     def exactly(b: int, h: int, rows: torch.Tensor) -> Tensors:
         c = h // groups
         mine, keys, values, gs = (x.double() for x in (q[b, h, rows], k[b, c], v[b, c], g[b, h, rows]))
-        return dense.rows_backward(mine, keys, values, gs, rows, plan, None if keep is None else keep[b])
+        return exact.rows_backward(mine, keys, values, gs, rows, plan, None if keep is None else keep[b])
 
-    def compare(name: str, have: torch.Tensor | None, exact: torch.Tensor) -> None:
+    def compare(name: str, have: torch.Tensor | None, wants: torch.Tensor) -> None:
         if have is not None:
             got[name].append(have.double().flatten())
-            wanted[name].append(exact.flatten())
+            wanted[name].append(wants.flatten())
 
     dq, dk, dv = gradients
     if affordable:

@@ -13,10 +13,9 @@ import math
 import torch
 
 from polyattn.options import Options
-from polyattn.runtime import exact as dense
-from polyattn.runtime import policy, registry
+from polyattn.runtime import exact, policy, registry
 from polyattn.runtime.execute import Grouped
-from polyattn.runtime.policy import Errors
+from polyattn.runtime.policy import AuditErrors
 from polyattn.runtime.registry import CallRecord, Entry
 from polyattn.runtime.row_checks import mean_value
 from polyattn.site_plan import SitePlan
@@ -24,7 +23,7 @@ from polyattn.site_plan import SitePlan
 log = logging.getLogger("polyattn")
 
 
-def judge(entry: Entry, record: CallRecord, errors: Errors, options: Options) -> bool:
+def judge(entry: Entry, record: CallRecord, errors: AuditErrors, options: Options) -> bool:
     """Record what an audit measured; whether the site may stay low rank.
 
     Under ``policy="auto"`` an audit that fails makes the site exact. Under ``policy="low_rank"`` the first one that
@@ -59,7 +58,7 @@ def rows(site: str, what: object, q: torch.Tensor, options: Options) -> list[int
 
 def measure(
     tensors: Grouped, out: torch.Tensor, plan: SitePlan, drawn: list[int], keep: torch.Tensor | None = None
-) -> Errors:
+) -> AuditErrors:
     """Errors of some rows of a grouped output: the worst row's, and RMS relative to what is not mean pooling.
 
     Args:
@@ -75,7 +74,7 @@ def measure(
         h, g = divmod(head, groups)
         at = torch.tensor(sorted(chosen), device=q.device)
         mine = None if keep is None else keep[h]
-        wanted = dense.rows_forward(q[h, g, at], k[h], v[h], at, plan, mine)
+        wanted = exact.rows_forward(q[h, g, at], k[h], v[h], at, plan, mine)
         centre = mean_value(v[h], mine)[0]
         around = v[h] if mine is None else v[h][mine]
         if not len(around):  # no key takes part: zero, as it must be
@@ -85,7 +84,7 @@ def measure(
         error2.append(difference.square().sum())
         spread2.append((wanted - centre).square().sum())
     if not worst:
-        return Errors(0.0, 0.0)
+        return AuditErrors(0.0, 0.0)
     error = float(torch.stack(worst).max())  # keeps NaN, which Python's max may drop
     total2, around2 = float(torch.stack(error2).sum()), float(torch.stack(spread2).sum())
-    return Errors(error, math.sqrt(total2 / max(around2, 1e-300)))
+    return AuditErrors(error, math.sqrt(total2 / max(around2, 1e-300)))

@@ -65,7 +65,7 @@ def _audited(
     plan: SitePlan,
     options: Options,
     keep: torch.Tensor | None,
-) -> policy.Errors | None:
+) -> policy.AuditErrors | None:
     if not record.audit:
         return None
     return audit.measure(tensors, made.out, plan, audit.rows(entry.key.site, what, tensors[0], options), keep)

@@ -17,8 +17,7 @@ from polyattn.codegen.spec import KernelSpec
 from polyattn.codegen.tables import Scalars
 from polyattn.codegen.target import block_length
 from polyattn.rewriter.families.family import Bound
-from polyattn.runtime import exact as dense
-from polyattn.runtime import outlier_keys, row_checks
+from polyattn.runtime import exact, outlier_keys, row_checks
 from polyattn.runtime.centring import Centred, centre
 from polyattn.runtime.projection import finite, project
 from polyattn.site_plan import SitePlan
@@ -143,7 +142,7 @@ def forward(
         for h, g in bad.any(-1).nonzero().tolist():
             rows = bad[h, g].nonzero().squeeze(1)
             mine = None if keep is None else keep[h]
-            out[h, g, rows] = dense.rows_forward(q[h, g, rows], k[h], v[h], rows, plan, mine)
+            out[h, g, rows] = exact.rows_forward(q[h, g, rows], k[h], v[h], rows, plan, mine)
         denominators = denominators.masked_fill(bad, -1.0)
     return Forward(out, denominators, count)
 
@@ -232,7 +231,7 @@ def _sampled(
 
     def some(h: int, i: int) -> torch.Tensor:
         mine = None if keep is None else keep[h]
-        return dense.rows_backward(q[h, i, at], k[h], v[h], g[h, i, at], at, plan, mine)[0]
+        return exact.rows_backward(q[h, i, at], k[h], v[h], g[h, i, at], at, plan, mine)[0]
 
     found = torch.stack([torch.cat([some(h, i) for i in range(groups)]) for h in range(len(q))])
     return found if centred.change is None else found @ centred.change.k
@@ -258,7 +257,7 @@ def _with_exact_rows(
             if not len(rows):
                 continue
             mine = None if keep is None else keep[h]
-            dq, dk, dv = dense.rows_backward(q[h, group, rows], k[h], v[h], g[h, group, rows], rows, plan, mine)
+            dq, dk, dv = exact.rows_backward(q[h, group, rows], k[h], v[h], g[h, group, rows], rows, plan, mine)
             if "dQ" in total:
                 total["dQ"][h, group, rows] = dq
             if "dK" in total:

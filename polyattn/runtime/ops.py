@@ -22,8 +22,7 @@ from polyattn.options import Options
 from polyattn.passes.match.changes import NOTHING, Change, Changes
 from polyattn.passes.replace.splice import OUTPUTS
 from polyattn.rewriter.masks.mask import CAUSAL, NONE
-from polyattn.runtime import exact as dense
-from polyattn.runtime import execute, fits, policy, registry
+from polyattn.runtime import exact, execute, fits, policy, registry
 from polyattn.runtime import key_mask as masking
 from polyattn.runtime.call import attempt
 from polyattn.runtime.call_masks import Masks, nothing_hidden
@@ -116,7 +115,7 @@ def _attention(
 ) -> tuple[torch.Tensor, ...]:
     opts, wide = _options(options), accumulator(q.dtype)
     if q.numel() == 0 or k.numel() == 0:  # nothing to decide, and nothing that torch's kernel survives
-        out, stat = dense.empty_tokens_first(q, v.shape[-1]).zero_(), q.new_zeros(q.shape[:-1], dtype=wide)
+        out, stat = exact.empty_tokens_first(q, v.shape[-1]).zero_(), q.new_zeros(q.shape[:-1], dtype=wide)
         return out, stat, fits.nothing(k, opts), torch.tensor([EXACT]), *nothing_hidden(masks, q, k)
     call = Masks.of(masks, changes, CAUSAL if causal else NONE, q, k, _may_be_low_rank(q, k, v, options, causal, scale))
     padding = call.keep is not None
@@ -137,9 +136,9 @@ def _attention(
         executed: SitePlan | ExactPlan | None = plan
         if made is None:
             out, stat, executed = call.exact((q, k, v), scale)
-            out, stat = dense.tokens_first(out), stat.to(wide)
+            out, stat = exact.tokens_first(out), stat.to(wide)
         else:
-            out = dense.tokens_first(made.out.reshape(*q.shape[:-1], v.shape[-1]).to(q.dtype))
+            out = exact.tokens_first(made.out.reshape(*q.shape[:-1], v.shape[-1]).to(q.dtype))
             stat = made.denominators.reshape(q.shape[:-1])
         for observer in observers():
             used = None if made is None else plan
@@ -164,7 +163,7 @@ def _(
 ) -> Any:
     check(q, k, v)
     wide = accumulator(q.dtype)
-    out = dense.empty_tokens_first(q, v.shape[-1])
+    out = exact.empty_tokens_first(q, v.shape[-1])
     stat = q.new_empty(q.shape[:-1], dtype=wide)
     fitted = q.new_empty(fits.packed_shape(k, _options(options)), dtype=wide)
     return out, stat, fitted, torch.empty(1, dtype=torch.int64, device="cpu"), *nothing_hidden(masks, q, k)
@@ -214,7 +213,7 @@ def _attention_backward(
             observer.backward(g, (q, k, v), call.mask, results, call.keep)
         results = call.add_lost_gradients(results, g, (q, k, v), scale)
     dq, dk, dv = (
-        like.new_zeros(0) if x is None else dense.tokens_first(x.to(like.dtype))
+        like.new_zeros(0) if x is None else exact.tokens_first(x.to(like.dtype))
         for x, like in zip(results, (q, k, v), strict=True)
     )
     return dq, dk, dv
@@ -223,7 +222,7 @@ def _attention_backward(
 def fake_gradients(tensors: Sequence[Any], needs: Sequence[bool]) -> tuple[Any, ...]:
     """What a backward operator returns, as memory: a gradient for each tensor that needs one, nothing for the rest."""
     return tuple(
-        dense.empty_tokens_first(like, like.shape[-1]) if need else like.new_empty(0)
+        exact.empty_tokens_first(like, like.shape[-1]) if need else like.new_empty(0)
         for need, like in zip(needs, tensors, strict=True)
     )
 

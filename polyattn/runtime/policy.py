@@ -30,7 +30,7 @@ FAILED_ROWS, DEFAULT_WAIT = 1 / 8, 8
 audit repeats."""
 
 
-class Errors(NamedTuple):
+class AuditErrors(NamedTuple):
     """What an audit measures: the worst row's error in the additive unit, and the relative one."""
 
     additive: float
@@ -145,7 +145,7 @@ def count(state: SiteState, options: Options) -> tuple[SiteState, bool]:
     return state.counting(calls=number), False
 
 
-def measured(state: SiteState, number: int, errors: Errors) -> SiteState:
+def measured(state: SiteState, number: int, errors: AuditErrors) -> SiteState:
     """Record the audit of a call."""
     old, counters = state.audit, state.counters
     audit = Audit(
@@ -158,7 +158,7 @@ def measured(state: SiteState, number: int, errors: Errors) -> SiteState:
     return dataclasses.replace(state, audit=audit, guarantee="audited" if state.low_rank else state.guarantee)
 
 
-def holds(errors: Errors, options: Options) -> bool:
+def holds(errors: AuditErrors, options: Options) -> bool:
     """Whether an audit is within both tolerances; NaN is not."""
     return errors.additive <= options.tolerance and errors.relative <= options.relative_tolerance
 
@@ -176,7 +176,7 @@ def fitted(state: SiteState, fit: Fit) -> SiteState:
     return dataclasses.replace(state.counting(fits=state.counters.fits + 1), fit=fit)
 
 
-def served(exact_rows: int, rows: int, errors: Errors | None, options: Options) -> bool:
+def served(exact_rows: int, rows: int, errors: AuditErrors | None, options: Options) -> bool:
     """Whether a fit served its call: few of its rows had to be exact, and its audit, where there was one, held."""
     return exact_rows <= FAILED_ROWS * rows and (errors is None or holds(errors, options))
 

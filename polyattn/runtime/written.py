@@ -83,7 +83,7 @@ class ScoreMask(NamedTuple):
         return scores
 
 
-class Part(NamedTuple):
+class RowsOfHeads(NamedTuple):
     """Some rows of some heads of one batch element."""
 
     batch: int
@@ -132,7 +132,7 @@ class Part(NamedTuple):
         target.index_copy_(1, self.rows, rows.reshape(target.shape[0], len(self.rows), target.shape[-1]).to(into.dtype))
 
 
-def _parts(alone: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> Iterator[Part]:
+def _parts(alone: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> Iterator[RowsOfHeads]:
     """The rows ``alone``, bool [B|1, H|1, n_q|1, 1], a few at a time; heads go together where their rows are the
     same."""
     heads, groups = q.shape[1], q.shape[1] // k.shape[1]
@@ -144,7 +144,7 @@ def _parts(alone: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> Iterator[Pa
             keys = slice(0, k.shape[1]) if together else slice(h // groups, h // groups + 1)
             rows, step = flags.nonzero().squeeze(1), max(1, ROWS // (mine.stop - mine.start))
             for at in range(0, len(rows), step):
-                yield Part(b, mine, keys, rows[at : at + step])
+                yield RowsOfHeads(b, mine, keys, rows[at : at + step])
 
 
 def write_rows(out: torch.Tensor, alone: torch.Tensor, tensors: Operands, mask: ScoreMask, scale: float) -> None:

@@ -32,10 +32,10 @@ from polyattn.rewriter.algebra.tensor import (
     Leaf,
     Map,
     N,
-    Part,
     Poly,
     R,
     Select,
+    StackedPart,
     Tensor,
     Weights,
 )
@@ -63,10 +63,10 @@ __all__ = [
     "Leaf",
     "Map",
     "N",
-    "Part",
     "Poly",
     "R",
     "Select",
+    "StackedPart",
     "Tensor",
     "Term",
     "Weights",
@@ -350,7 +350,7 @@ def base_tensors(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor.score
     elif isinstance(tensor, Feature):
         yield tensor.source
-    elif isinstance(tensor, Part):
+    elif isinstance(tensor, StackedPart):
         yield tensor.whole
     elif isinstance(tensor, Def):
         for term in tensor.expr.terms:

@@ -24,9 +24,9 @@ from polyattn.rewriter.algebra.expr import (
     Kind,
     Leaf,
     Map,
-    Part,
     Poly,
     Select,
+    StackedPart,
     Tensor,
     Weights,
 )
@@ -107,7 +107,7 @@ class Interpreter:
             # a part without factors is a constant column
             wide = [p if p.ndim == 2 else p.unsqueeze(1) if p.ndim else p.expand(tokens, 1) for p in columns]
             return torch.cat(wide, dim=1)
-        if isinstance(tensor, Part):
+        if isinstance(tensor, StackedPart):
             return take_part(self.tensor(tensor.whole), tensor.part, tensor.widths)
         raise RewriteError(f"no dense meaning for {type(tensor).__name__}")
 

@@ -15,8 +15,8 @@ from polyattn.rewriter.algebra.expr import (
     Feature,
     Indicator,
     Map,
-    Part,
     Poly,
+    StackedPart,
     Tensor,
     Term,
 )
@@ -65,8 +65,8 @@ def rebind_tensor(tensor: Tensor, new: Mapping[str, Def]) -> Tensor:
         return Feature(rebind_tensor(tensor.source, new), tensor.degree, tensor.rank)
     if isinstance(tensor, Concat):
         return Concat(tensor.label, tuple(rebind(part, new) for part in tensor.parts), tensor.column)
-    if isinstance(tensor, Part):
-        return Part(rebind_tensor(tensor.whole, new), tensor.part, tensor.widths)
+    if isinstance(tensor, StackedPart):
+        return StackedPart(rebind_tensor(tensor.whole, new), tensor.part, tensor.widths)
     return tensor
 
 

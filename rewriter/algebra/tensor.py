@@ -214,7 +214,7 @@ class Select(Tensor):
 
 
 @dataclass(frozen=True)
-class Part(Tensor):
+class StackedPart(Tensor):
     """Columns ``[:, part]`` of a stacked tensor, as they lay in its Concat."""
 
     whole: Tensor

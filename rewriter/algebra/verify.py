@@ -20,8 +20,8 @@ from polyattn.rewriter.algebra.expr import (
     Kind,
     Leaf,
     Map,
-    Part,
     Poly,
+    StackedPart,
     Tensor,
 )
 from polyattn.rewriter.algebra.programs import Program
@@ -112,7 +112,7 @@ class _Verifier:
             self.tensor(name, tensor.source)
         elif isinstance(tensor, Concat):
             self.stack(name, tensor)
-        elif isinstance(tensor, Part):
+        elif isinstance(tensor, StackedPart):
             self.columns(name, tensor)
         self.seen[id(tensor)] = tensor
 
@@ -132,7 +132,7 @@ class _Verifier:
             raise RewriteError(f"{name} reads {tensor.label}, whose parts have rows of different tokens")
         self.width(tensor.label, tensor.column, [p.indices[1].kind if p.indices[1:] else None for p in tensor.parts])
 
-    def columns(self, name: str, tensor: Part) -> None:
+    def columns(self, name: str, tensor: StackedPart) -> None:
         if not 0 <= tensor.part < len(tensor.widths):
             raise RewriteError(
                 f"{name} reads part {tensor.part} of {tensor.whole.name}, which has {len(tensor.widths)}"

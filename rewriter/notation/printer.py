@@ -24,9 +24,9 @@ from polyattn.rewriter.algebra.tensor import (
     Indicator,
     Leaf,
     Map,
-    Part,
     Poly,
     Select,
+    StackedPart,
     Tensor,
     Weights,
 )
@@ -302,7 +302,7 @@ class Notation:
             name = self.stack(tensor)
             self._own(name, Stacked(tuple(self.expr(part) for part in tensor.parts)))
             return Named(name)
-        if isinstance(tensor, Part):
+        if isinstance(tensor, StackedPart):
             return Columns(self.tensor(tensor.whole), tensor.part, tensor.widths)
         raise RewriteError(f"{tensor.name} has no formula of its own")
 

@@ -30,7 +30,7 @@ Term = tuple[sympy.Expr, list[Piece]]
 
 
 @dataclass(frozen=True)
-class Step:
+class RecipeLine:
     """One line of a recipe."""
 
     name: Symbol
@@ -47,7 +47,7 @@ class Block:
     """The lines of one output that no output before it has computed, and all of their FLOPs."""
 
     output: str
-    steps: tuple[Step, ...]
+    steps: tuple[RecipeLine, ...]
     flops: sympy.Expr
 
 
@@ -100,7 +100,7 @@ class _Writer:
         self.done: dict[Node, Symbol] = {}
         self.through: Node | None = None
         """What the output that is being written is only a transpose of: it gets no line of its own."""
-        self.steps: list[Step] = []
+        self.steps: list[RecipeLine] = []
 
     def run(self) -> Recipe:
         blocks = []
@@ -159,7 +159,7 @@ class _Writer:
 
     def _step(self, name: Symbol, tree: Matrix, n: Node, cost: sympy.Expr) -> None:
         axes = tuple(n.axes[p] for p in _ordered(n))
-        self.steps.append(Step(name, tree, axes, cost, n.scan))
+        self.steps.append(RecipeLine(name, tree, axes, cost, n.scan))
 
     def _new(self, n: Node) -> Symbol:
         """A is the exponential, S a state, Y a value per token, Z one per pair of tokens."""

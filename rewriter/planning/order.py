@@ -26,8 +26,8 @@ from polyattn.rewriter.algebra.expr import (
     Kind,
     Leaf,
     Map,
-    Part,
     Select,
+    StackedPart,
     Tensor,
     Weights,
 )
@@ -136,7 +136,7 @@ class _Planner:
             )
             args = tuple(self.expr(p) for p, c in zip(tensor.parts, constants, strict=True) if c is None)
             return node("concat", args, tensor.kinds, (widths, constants))
-        if isinstance(tensor, Part):
+        if isinstance(tensor, StackedPart):
             return node("part", (self.tensor(tensor.whole),), tensor.kinds, (tensor.part, tensor.widths))
         raise RewriteError(f"{tensor.name} has no place in a plan; a rule should have rewritten it")
 

@@ -5,7 +5,7 @@
     widen            Aᵀ G where [G, −δ] exists →  (Aᵀ [G, −δ])[:, :e], so that one state serves both
     write out        U + W                     →  the sums that U and W stand for, where nothing else reads them
 
-They turn many contractions into one wider one; the algebra keeps the columns apart by ``Part``.
+They turn many contractions into one wider one; the algebra keeps the columns apart by ``StackedPart``.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from polyattn.rewriter.algebra.expr import (
     Indicator,
     Kind,
     Map,
-    Part,
     Select,
+    StackedPart,
     Term,
     Weights,
     avoid,
@@ -226,9 +226,11 @@ def _across(program: Program) -> Program:
         widths = (column.kind, None)
         replaced = {
             wide.label: Def(
-                wide.label, Expr((out, column), (Term(ONE, (Factor(Part(whole, 0, widths), (out, column)),)),))
+                wide.label, Expr((out, column), (Term(ONE, (Factor(StackedPart(whole, 0, widths), (out, column)),)),))
             ),
-            narrow.label: Def(narrow.label, Expr((out,), (Term(ONE, (Factor(Part(whole, 1, widths), (out,)),)),))),
+            narrow.label: Def(
+                narrow.label, Expr((out,), (Term(ONE, (Factor(StackedPart(whole, 1, widths), (out,)),)),))
+            ),
         }
         defs: list[Def] = []
         placed = False
@@ -314,5 +316,5 @@ def _widened(definition: Def, stack_: Concat) -> tuple[Def, Def] | None:
         terms.append(Term(term.coefficient, (*rest, Factor(stack_, (tokens[0], index)))))
     widths = tuple(part.indices[1].kind if len(part.indices) == 2 else None for part in stack_.parts)
     whole = Def(definition.label + "̂", Expr((out, index), tuple(terms)))
-    part = Factor(Part(whole, 0, widths), (out, column))
+    part = Factor(StackedPart(whole, 0, widths), (out, column))
     return whole, Def(definition.label, Expr((out, column), (Term(ONE, (part,)),)))

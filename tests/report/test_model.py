@@ -59,7 +59,9 @@ def test_a_low_rank_state_shows_its_plan(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_an_exact_state_shows_nothing_of_its_abandoned_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    state = policy.become_exact(policy.measured(decided(**EVERYTHING), 1, policy.Errors(0.5, 0.7)), "audit of call 1")
+    state = policy.become_exact(
+        policy.measured(decided(**EVERYTHING), 1, policy.AuditErrors(0.5, 0.7)), "audit of call 1"
+    )
     site = report_of(state, monkeypatch, **EVERYTHING)
     assert (site.verdict, site.reason, site.guarantee) == ("exact", "audit of call 1", "exact")
     assert (site.features, site.degree, site.rank, site.widths) == ("none", None, None, ())
@@ -96,7 +98,7 @@ def test_sites_that_have_not_run_or_never_will() -> None:
 
 def test_the_worst_state_speaks() -> None:
     plain = decided(policy="low_rank")
-    low, high, lost = (policy.measured(plain, 1, policy.Errors(error, 0.0)) for error in (0.1, 0.2, math.nan))
+    low, high, lost = (policy.measured(plain, 1, policy.AuditErrors(error, 0.0)) for error in (0.1, 0.2, math.nan))
     exact = policy.become_exact(low, "for a reason")
     assert worst_of([]) is None
     assert worst_of([low, high]) is worst_of([high, low]) is high

@@ -68,7 +68,7 @@ def test_equal_tensors_before_and_after_a_change_of_plan(monkeypatch: pytest.Mon
     # Backward passes run in reverse order: the last call with these tensors is the first to be run again.
     x = tokens()
     first = checkpoint(attend, x, use_reentrant=False).square().sum()
-    monkeypatch.setattr(auditing, "measure", lambda *args: policy.Errors(1.0, 1.0))
+    monkeypatch.setattr(auditing, "measure", lambda *args: policy.AuditErrors(1.0, 1.0))
     second = checkpoint(attend, x, use_reentrant=False).square().sum()
     assert [state.verdict for state in all_states()] == ["exact"]
     torch.autograd.backward([first, second])

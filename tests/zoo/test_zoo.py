@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from rows import COLUMNS, MODES, Row
 
+import polyattn
+
 SHORT = [
     ("bert", "eager", "inference"),
     ("bert", "eager", "training"),
@@ -70,6 +72,40 @@ def test_attention_of_a_few_models_is_found_and_equal() -> None:
     kept = {tuple(cells[:3]): cells[3:6] for cells in map(_cells, text.splitlines()) if len(cells) == len(COLUMNS)}
     now = {(row.model, row.implementation, row.mode): _cells(page.table_row(row))[3:6] for row in rows}
     assert now == {key: kept[key] for key in now}, "docs/zoo.md says otherwise: run `make zoo`"
+
+
+PADDED = {
+    ("bert", "eager"): "key padding",
+    ("bert", "sdpa"): "key padding",
+    ("deberta-v2", "eager"): "key padding",
+    ("gpt2, padded", "sdpa"): "causal + key padding",
+    ("llama, padded", "eager"): "causal + key padding",
+    ("llama, padded", "sdpa"): "causal + key padding",
+    ("nn.MultiheadAttention, no weights, padding", "eager"): "key padding",
+    ("nn.MultiheadAttention, no weights, padding, attn_mask", "eager"): "causal + key padding",
+}
+"""Models with padded batches, and which keys their queries see."""
+
+
+@pytest.mark.parametrize(("name", "implementation"), PADDED)
+def test_padded_batches_keep_low_rank(name: str, implementation: str) -> None:
+    """Equal to eager for small logits: the weights of the projections of queries are made small."""
+    pytest.importorskip("transformers")
+    torch._dynamo.reset()
+    polyattn.reset()
+    model, args, kwargs = models.build(name, implementation)
+    model.eval()
+    with torch.no_grad():
+        for named, weight in model.named_parameters():
+            if "query" in named or "q_proj" in named or "in_proj" in named:
+                weight *= 0.1
+        options = {"policy": "low_rank", "audit_rows": 0, "degree": 4, "inner": "eager"}
+        got = torch.compile(model, backend="polyattn", options=options)(*args, **kwargs)
+        want = model(*args, **kwargs)
+    tensors = [torch.utils._pytree.tree_leaves(x)[0] for x in (got, want)]
+    assert measure.relative(*tensors) < 1e-3
+    sites = [site for report in polyattn.reports() for site in report.sites]
+    assert {(site.verdict, site.seen) for site in sites} == {("low_rank", PADDED[name, implementation])}
 
 
 def _cells(line: str) -> list[str]:

@@ -154,21 +154,21 @@ def coefficients(kind: str, data: Rows, change: Balance, basis: Basis) -> tuple[
         kind: ``taylor``, ``minimax`` or ``least_squares``.
         change: what queries and keys are multiplied by; it matters to nested forms only.
     """
-    rules: dict[str, Callable[[_Head], np.ndarray]] = {
+    rules: dict[str, Callable[[_SampledHead], np.ndarray]] = {
         "taylor": lambda head: np.array(taylor(basis.degree)),
         "minimax": lambda head: np.array(minimax(head.bound, basis.degree)[0]),
         "least_squares": lambda head: head.least_squares(basis),
     }
     found, errors = [], []
     for h in range(len(data.q)):
-        head = _Head(data, change, basis, h)
+        head = _SampledHead(data, change, basis, h)
         c = rules[kind](head)
         found.append(torch.as_tensor(c, dtype=torch.float64))
         errors.append(head.error(c))
     return torch.stack(found).to(data.q.device), torch.tensor(errors, dtype=torch.float64)
 
 
-class _Head:
+class _SampledHead:
     """One head's sampled rows, with P_ij S_m^m / exp(S) of each degree: what a coefficient adds to the row.
 
     On the CPU, where the small systems of equations are solved.

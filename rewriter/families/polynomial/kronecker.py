@@ -1,4 +1,4 @@
-"""The rule ``kronecker``: Hadamard powers of a product are row-wise Kronecker powers of its sides.
+"""The rule ``kronecker``: Hadamard powers of a product are row-wise KroneckerRule powers of its sides.
 
 p(U Wᵀ) → Σ_α w_α Φ(U)_α Φ(W)_α
 
@@ -20,7 +20,7 @@ from polyattn.rewriter.rules.rule import Rule
 
 
 @dataclass(frozen=True)
-class Kronecker(Rule):
+class KroneckerRule(Rule):
     """Every polynomial of a score U Wᵀ becomes features of U and of W."""
 
     name = "kronecker"
@@ -64,4 +64,4 @@ class Kronecker(Rule):
         return prune(program.rewrite(lambda x: ir.map_factors(x, change)))
 
 
-KRONECKER = Kronecker()
+KRONECKER = KroneckerRule()

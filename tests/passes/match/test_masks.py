@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from polyattn.passes.match.masks import Step, Unprovable, Visible, describe, step, visible
+from polyattn.passes.match.masks import StepFunction, Unprovable, Visible, describe, step, visible
 
 INF = float("inf")
 N, M = 5, 7
@@ -23,7 +23,7 @@ def trace(build: Callable[[], torch.Tensor]) -> tuple[Any, torch.Tensor]:
     return gm.graph.output_node().args[0], build()
 
 
-def dense(value: Step, like: torch.Tensor) -> torch.Tensor:
+def dense(value: StepFunction, like: torch.Tensor) -> torch.Tensor:
     rows, columns = like.shape[-2:]
     table = [[float(value.at(j - i)) for j in range(columns)] for i in range(rows)]
     return torch.tensor(table, dtype=torch.float64).expand(like.shape)
@@ -124,8 +124,8 @@ def test_causal_is_exactly_the_diagonal() -> None:
     bands = {d: step(trace(lambda d=d: torch.ones(N, M).tril(d))[0]) for d in (-1, 0, 1)}
     verdicts = {d: visible(value, keep=1, hidden=hidden) for d, value in bands.items()}
     assert verdicts == {-1: None, 0: Visible(True, fill=0.0), 1: None}
-    assert visible(Step.constant(0.0), keep=0.0, hidden=lambda v: v == -INF) == Visible(False)
-    assert visible(Step.constant(True), keep=1, hidden=hidden) is None, "a boolean is no number"
+    assert visible(StepFunction.constant(0.0), keep=0.0, hidden=lambda v: v == -INF) == Visible(False)
+    assert visible(StepFunction.constant(True), keep=1, hidden=hidden) is None, "a boolean is no number"
 
 
 KEEP = torch.tensor([[True, True, False, True, False, True], [True] * 6, [False] * 6])

@@ -27,7 +27,7 @@ from polyattn.rewriter.algebra.expr import (
     Kind,
     Leaf,
     Map,
-    Part,
+    StackedPart,
     Tensor,
     Term,
 )
@@ -124,7 +124,7 @@ BROKEN = {
         "O reads part 2 of U, which has 2",
     ),
     "a part of another stack": (
-        lambda: holding(Part(Leaf("U", (QUERY, WIDE)), 0, (VALUE, VALUE)), I, B),
+        lambda: holding(StackedPart(Leaf("U", (QUERY, WIDE)), 0, (VALUE, VALUE)), I, B),
         r"U has e \+ 1 columns, its parts have 2\*e",
     ),
     "something broken inside a function": (
@@ -134,7 +134,7 @@ BROKEN = {
 }
 
 
-class _PastTheEnd(Part):
+class _PastTheEnd(StackedPart):
     """A part whose axes do not need its number."""
 
     @property
