@@ -22,7 +22,7 @@ demo: $(STAMP) ## train a small transformer with inductor and with polyattn, and
 
 test: $(STAMP) ## run the tests, without those marked long
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(TEST)
-	$(if $(TEST),,TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/codegen/triton)
+	$(if $(TEST),,TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/codegen/triton)
 
 test-long: $(STAMP) ## run the tests marked long
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m long $(TEST)

@@ -154,7 +154,7 @@ JOINS: tuple[Callable[..., torch.Tensor], ...] = (
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(st.lists(st.tuples(*[st.integers(0, 20)] * 4), min_size=1, max_size=4), st.integers(0, 20), st.booleans())
 def test_what_structure_tells_is_true(program: list[tuple[int, ...]], first: int, keep: bool) -> None:
     """Random masks of padding, positions and each other: what they are known to show, they show."""

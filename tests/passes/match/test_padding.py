@@ -190,19 +190,40 @@ def compare(function: Callable[..., Any], inputs: list[torch.Tensor], options: O
     return found[0].sites[0]
 
 
-DYNAMIC = pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+SYMBOLIC = {
+    "bool, -inf",
+    "torch's own",
+    "transformers 5, causal, eager",
+    "additive [B, 1, 1, n]",
+    "bool, queries and keys",
+}
+"""What is run with symbolic sizes each time; the others are long."""
 
 
-@DYNAMIC
-@pytest.mark.parametrize("name", KNOWN)
+def static_and_dynamic(cases: dict[str, Any]) -> Any:
+    """Parametrises a test with the names of cases, and with static and symbolic sizes."""
+    both = [(name, dynamic) for name in cases for dynamic in (False, True)]
+    return pytest.mark.parametrize(
+        ("name", "dynamic"),
+        [
+            pytest.param(
+                *case,
+                id=f"{case[0]}-{'dynamic' if case[1] else 'static'}",
+                marks=[pytest.mark.long] * (case[1] and case[0] not in SYMBOLIC),
+            )
+            for case in both
+        ],
+    )
+
+
+@static_and_dynamic(KNOWN)
 def test_padding_that_structure_tells(name: str, dynamic: bool) -> None:
     function, more, words = KNOWN[name]
     site = compare(function, [*qkv(), *more], LOW, dynamic)
     assert (site.verdict, site.mask, site.seen) == ("low_rank", words, words), str(site)
 
 
-@DYNAMIC
-@pytest.mark.parametrize("name", UNKNOWN)
+@static_and_dynamic(UNKNOWN)
 def test_masks_that_each_call_looks_at(name: str, dynamic: bool) -> None:
     function, more, words, seen = UNKNOWN[name]
     site = compare(function, [*qkv(), *more], LOW, dynamic)
