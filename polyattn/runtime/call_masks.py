@@ -91,7 +91,7 @@ class Masks(NamedTuple):
 
     def exact(self, tensors: Operands, scale: float) -> tuple[torch.Tensor, torch.Tensor, ExactPlan | None]:
         """Exact attention of [B, H, n, ·] tensors, its log-sum-exp, and how it was computed."""
-        if self.given is not None and self.other:
+        if self.given is not None and (self.other or not masked.kernel_takes_masks(tensors[0])):
             return *masked.forward(tensors, self.given, scale), ExactPlan(self.mask, other=True)
         plan = None if self.given is None else ExactPlan(self.mask, self.keep is not None)
         return *exact.forward(*tensors, ExactSoftmax(scale, self.mask), self.keep), plan

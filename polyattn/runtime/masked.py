@@ -103,6 +103,12 @@ def _kernel(q: torch.Tensor) -> Fused | None:
     return kernel if kernel is not None and kernel.masked else None
 
 
+def kernel_takes_masks(q: torch.Tensor) -> bool:
+    """Whether the fused kernel of a device, where it has one, takes added masks; else torch chooses another."""
+    kernel = targets.fused_kernel(q)
+    return kernel is None or kernel.masked
+
+
 def _any_kernel(tensors: Operands, added: torch.Tensor, scale: float) -> torch.Tensor:
     """The attention that torch chooses for a device."""
     q, k, v = tensors
