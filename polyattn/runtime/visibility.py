@@ -18,7 +18,7 @@ from polyattn.passes.match.bias import FILL
 from polyattn.rewriter.masks.mask import CAUSAL, NONE, Mask
 from polyattn.runtime.written import ScoreMask
 
-PAIRS = 1 << 20
+PAIRS = 1 << 18
 """Pairs of a query and a key that are looked at at once, in all batch elements."""
 
 
@@ -59,7 +59,7 @@ def _shown(given: ScoreMask, rows: slice, n_k: int) -> torch.Tensor | None:
             gone = ~some
         else:
             gone = some <= torch.tensor(FILL, dtype=some.dtype)  # in half precision -1e4 is a little more
-            if bool(((some != 0) != gone).any()):  # NaN is neither 0 nor little
+            if int(torch.count_nonzero(some)) != int(gone.sum(dtype=torch.int32)):  # NaN is neither 0 nor little
                 return None
         if gone.shape[1] > 1:
             if not bool((gone[:, 1:] == gone[:, :1]).all()):
@@ -81,7 +81,7 @@ def _same_for_all(keep: torch.Tensor, mask: Mask, batch: int, n_q: int) -> Seen:
 
 
 def _counted(given: ScoreMask, mask: Mask, batch: int, n_q: int, n_k: int) -> Seen | None:
-    columns, step = None, max(1, PAIRS // (batch * n_k))
+    step = max(1, PAIRS // (batch * n_k))
     used: torch.Tensor | None = None
     counts, above = [], False
     for at in range(0, n_q, step):
@@ -89,22 +89,19 @@ def _counted(given: ScoreMask, mask: Mask, batch: int, n_q: int, n_k: int) -> Se
         shown = _shown(given, rows, n_k)
         if shown is None:
             return None
-        if columns is None:
-            columns = torch.arange(n_k, device=shown.device)
-        if mask is CAUSAL or not above:
-            late = columns > torch.arange(rows.start, rows.stop, device=shown.device)[:, None]
-            if mask is CAUSAL:
-                shown = shown & ~late
-            else:
-                above = bool((shown & late).any())
-        shown = shown.expand(-1, rows.stop - at, -1)
-        mine = shown.any(1)
+        flags = shown.view(torch.uint8).expand(-1, rows.stop - at, -1)  # reductions of bool are slow
+        if mask is CAUSAL:
+            flags = flags.tril(at)
+        elif not above:
+            after, own = flags[..., rows.stop :], flags[..., at : rows.stop].triu(1)
+            above = any(bool(some.amax()) for some in (after, own) if some.numel())
+        mine = flags.amax(1) != 0
         used = mine if used is None else used | mine
-        counts.append(shown.sum(-1))
+        counts.append(flags.sum(-1, dtype=torch.int32))
         if above and _ragged(counts[-1]):
             return None
     assert used is not None
-    total = torch.cat(counts, 1)
+    total = torch.cat(counts, 1).to(torch.int64)
     seeing = total > 0
     kind = _kind(total, seeing, used, above, mask)
     if kind is None:
