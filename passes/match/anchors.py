@@ -25,7 +25,7 @@ import torch.fx as fx
 
 from polyattn.passes.match import joint
 from polyattn.passes.match.axes import CAST, NotAttention, packet, reaches, same_sizes, shape
-from polyattn.passes.match.bias import describe, no_form, unsayable, why_not_looked_at
+from polyattn.passes.match.bias import describe, no_form, unsayable
 from polyattn.passes.match.build import build_site
 from polyattn.passes.match.context import Context
 from polyattn.passes.match.groups import ungroup
@@ -153,8 +153,8 @@ def _match_softmax(context: Context, softmax: fx.Node) -> Site:
         raise NotAttention("the attention weights are broadcast over the values", product)
     terms = () if all(term.causal for term in walk.terms) else tuple(walk.terms)
     unknown = [term for term in terms if not term.causal]
-    no_look = why_not_looked_at(terms) or ("its gradients stand beside it" if backward is not None else "")
-    looks = bool(terms) and not (walk.left or no_look or dropout)
+    general = any(term.general for term in terms)
+    looks = bool(terms) and not (walk.left or general or dropout or backward is not None)
     stays = walk.left or ("" if looks and all(term.padding for term in unknown) else unsayable(terms))
     looks = looks and not stays
     mask = ("causal + " if terms and walk.causal else "") + describe(unknown)

@@ -104,13 +104,6 @@ def no_form(kind: str, why: str, nodes: Sequence[fx.Node]) -> str:
     return f"no low-rank form for a {kind} that is not provably causal{proof}{costs}"
 
 
-def why_not_looked_at(terms: Sequence[MaskTerm]) -> str:
-    """Why no call need look at what the terms show: one of them is known to be neither causal nor key padding."""
-    return next(
-        (f"the {term.word} is neither causal nor the same for all queries" for term in terms if term.general), ""
-    )
-
-
 def operands(
     write: SizedWriter, terms: Sequence[MaskTerm], batch: tuple[Any, ...], zero: bool
 ) -> tuple[list[fx.Node], Changes]:

@@ -46,11 +46,6 @@ class Changes(NamedTuple):
         """The inverse of :meth:`text`."""
         return _parsed(text)
 
-    @property
-    def causal(self) -> bool:
-        """Whether one of the steps hides keys after their query."""
-        return any(step.causal for step in self.steps)
-
 
 @functools.lru_cache(maxsize=256)
 def _parsed(text: str) -> Changes:

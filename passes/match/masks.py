@@ -3,33 +3,7 @@
 from __future__ import annotations
 
 from polyattn.passes.match import mask_arithmetic, mask_views  # noqa: F401  (they register what operators do)
-from polyattn.passes.match.mask_meaning import meaning, step
-from polyattn.passes.match.mask_nodes import argument
-from polyattn.passes.match.mask_values import (
-    Meaning,
-    Position,
-    StepFunction,
-    Unprovable,
-    Value,
-    Varies,
-    Visible,
-    describe,
-    known,
-    visible,
-)
+from polyattn.passes.match.mask_meaning import step
+from polyattn.passes.match.mask_values import StepFunction, Unprovable, Varies, Visible, describe, known, visible
 
-__all__ = [
-    "Meaning",
-    "Position",
-    "StepFunction",
-    "Unprovable",
-    "Value",
-    "Varies",
-    "Visible",
-    "argument",
-    "describe",
-    "known",
-    "meaning",
-    "step",
-    "visible",
-]
+__all__ = ["StepFunction", "Unprovable", "Varies", "Visible", "describe", "known", "step", "visible"]

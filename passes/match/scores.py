@@ -306,9 +306,7 @@ def prove(
     try:
         value = masks.step(mask)
         context.check_unmutated(mask, mask)
-    except Unprovable as reason:
-        return Proof(reason=str(reason))
-    except NotAttention as reason:
+    except (Unprovable, NotAttention) as reason:
         return Proof(reason=str(reason))
     dtype = mask.meta["val"].dtype if isinstance(mask, fx.Node) else torch.bool
     if isinstance(keep, bool) and dtype != torch.bool:

@@ -13,7 +13,7 @@ import torch.fx as fx
 
 from polyattn.passes.match import axes, joint
 from polyattn.passes.match.axes import NotAttention, packet, same_sizes
-from polyattn.passes.match.bias import FILL, MaskTerm, no_form, why_not_looked_at
+from polyattn.passes.match.bias import FILL, MaskTerm, no_form
 from polyattn.passes.match.build import build_site
 from polyattn.passes.match.context import Context
 from polyattn.passes.match.scores import name_of, number, prove, users
@@ -147,8 +147,7 @@ def _form(context: Context, node: fx.Node, given: dict[str, Any], q: Operand, k:
             term = MaskTerm(mask, q.batch, False, added=not boolean, fill=-math.inf)
             term = dataclasses.replace(term, visible=proof.visible, general=proof.general)
             kind = ("causal + " if proof.visible is not None and proof.visible.causal else "") + term.word
-            no_look = why_not_looked_at([term])
-            if no_look or dropout or causal:
+            if term.general or dropout or causal:
                 exact = "; ".join([no_form(kind, proof.reason, [mask]), *([exact] if exact else [])])
             terms = (term,)
     return _Form(float(scale), causal, kind, exact, dropout, sizes, by_head_dim, terms)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -86,7 +85,7 @@ def _sums(mask: ScoreMask, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tens
             part = torch.where(seen, part, step.fill) if step.causal else part
             added = part if added is None else added + part
         else:
-            shown = None if tensor is None else tensor
+            shown = tensor
             if step.causal:
                 shown = seen[None, None] if shown is None else shown & seen
             if shown is not None:
@@ -126,8 +125,7 @@ def _any_backward(g: torch.Tensor, tensors: Operands, added: torch.Tensor, scale
         dq, dk, dv = torch.autograd.grad(_any_kernel((q, k, v), added, scale), (q, k, v), g)
         return dq, dk, dv
 
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(run).result()
+    return written.with_autograd(run)
 
 
 def forward(tensors: Operands, mask: ScoreMask, scale: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -117,7 +117,8 @@ def _attention(
     if q.numel() == 0 or k.numel() == 0:  # nothing to decide, and nothing that torch's kernel survives
         out, stat = exact.empty_tokens_first(q, v.shape[-1]).zero_(), q.new_zeros(q.shape[:-1], dtype=wide)
         return out, stat, fits.nothing(k, opts), torch.tensor([EXACT]), *nothing_hidden(masks, q, k)
-    call = Masks.of(masks, changes, CAUSAL if causal else NONE, q, k, _may_be_low_rank(q, k, v, options, causal, scale))
+    useful = bool(masks) and _may_be_low_rank(q, k, v, options, causal, scale)
+    call = Masks.of(masks, changes, CAUSAL if causal else NONE, q, k, useful)
     padding = call.keep is not None
     plain = _site_plan(options, call.mask.is_causal, scale, q.shape[-1], q.device.type, padding)
     pointers = tuple(owner.data_ptr() for owner in owners)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -18,6 +18,7 @@ from polyattn.passes.match.changes import Change, Changes
 ROWS = 256
 """How many rows of scores are formed at once, over all heads."""
 Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+T = TypeVar("T")
 
 
 def fit(mask: torch.Tensor, scores: tuple[int, ...]) -> torch.Tensor:
@@ -167,28 +168,25 @@ def add_gradients(
         made: gradients of q, k and v, of their shapes; None where one is not wanted.
         g: gradient of the output.
     """
-    # Inside an operator autograd is off; in a thread of its own it is on, whatever the caller is in the middle of.
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(_add_gradients, made, g, alone, tensors, mask, scale).result()
-
-
-def _add_gradients(
-    made: Sequence[torch.Tensor | None],
-    g: torch.Tensor,
-    alone: torch.Tensor,
-    tensors: Operands,
-    mask: ScoreMask,
-    scale: float,
-) -> None:
     dq, dk, dv = made
-    for part in _parts(alone, tensors[0], tensors[1]):
-        leaves = tuple(x.detach().requires_grad_() for x in part.operands(*tensors))
-        assert len(leaves) == 3
-        out = part.output(leaves, mask, scale)
-        got = torch.autograd.grad(out, leaves, part.of_queries(g))
-        if dq is not None:
-            part.write(dq, got[0])
-        if dk is not None:
-            part.of_keys(dk).add_(got[1])
-        if dv is not None:
-            part.of_keys(dv).add_(got[2])
+
+    def run() -> None:
+        for part in _parts(alone, tensors[0], tensors[1]):
+            some_q, some_k, some_v = (x.detach().requires_grad_() for x in part.operands(*tensors))
+            out = part.output((some_q, some_k, some_v), mask, scale)
+            got = torch.autograd.grad(out, (some_q, some_k, some_v), part.of_queries(g))
+            if dq is not None:
+                part.write(dq, got[0])
+            if dk is not None:
+                part.of_keys(dk).add_(got[1])
+            if dv is not None:
+                part.of_keys(dv).add_(got[2])
+
+    with_autograd(run)
+
+
+def with_autograd(function: Callable[[], T]) -> T:
+    """What a function returns, run with autograd on: inside an operator it is off, but not in a thread of its own,
+    whatever the caller is in the middle of."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
