@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 
 from polyattn.codegen.evaluate import Evaluation
+from polyattn.codegen.evaluate_tiles import TileEvaluation
+from polyattn.codegen.phases import Choose
 from polyattn.codegen.spec import KernelSpec
 from polyattn.codegen.tables import Scalars
 from polyattn.codegen.target import Target
@@ -31,9 +33,18 @@ class ReferenceTarget(Target):
         return str(spec)
 
     def run(
-        self, spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scalars: Scalars, basis: Basis, block: int
+        self,
+        spec: KernelSpec,
+        inputs: Mapping[str, torch.Tensor],
+        scalars: Scalars,
+        basis: Basis,
+        block: int,
+        choose: Choose | None = None,
     ) -> dict[str, torch.Tensor]:
         """See :meth:`Target.run`."""
+        if spec.tiled:
+            assert choose is not None, "a specification in tiles needs a choice of near pairs"
+            return TileEvaluation(spec, inputs, scalars, choose, block).run()
         return Evaluation(spec, inputs, scalars, basis, block).run()
 
 

@@ -77,6 +77,15 @@ class KernelSpec:
     """Which pairs of tokens are met one by one, and what the states are summed over."""
     rule: ApproximateRule | None = None
     """What stands in place of exp; None where nothing is approximated."""
+    reads: tuple[str, ...] = ()
+    """Where tokens are in tiles: names of the values that the choice of near pairs of tiles takes."""
+    names: tuple[tuple[str, Node], ...] = ()
+    """What the derivation calls values, where it keeps names."""
+
+    @property
+    def tiled(self) -> bool:
+        """Whether tokens are in tiles, and loops walk tiles (codegen/phases.py)."""
+        return self.mask.sums is Sums.TILES
 
     @property
     def chunked(self) -> bool:

@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
+from polyattn.codegen.phases import Choose
 from polyattn.codegen.spec import KernelSpec
 from polyattn.codegen.tables import Scalars
 from polyattn.rewriter.algebra.monomials import Basis
@@ -87,7 +88,13 @@ class Target(abc.ABC):
 
     @abc.abstractmethod
     def run(
-        self, spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scalars: Scalars, basis: Basis, block: int
+        self,
+        spec: KernelSpec,
+        inputs: Mapping[str, torch.Tensor],
+        scalars: Scalars,
+        basis: Basis,
+        block: int,
+        choose: Choose | None = None,
     ) -> dict[str, torch.Tensor]:
         """Outputs of a specification by name; see :func:`polyattn.codegen.targets.run`."""
 

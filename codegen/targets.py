@@ -8,6 +8,7 @@ import torch
 
 from polyattn.codegen.cpu.target import CPU
 from polyattn.codegen.reference import REFERENCE
+from polyattn.codegen.phases import Choose
 from polyattn.codegen.spec import KernelSpec
 from polyattn.codegen.tables import Scalars
 from polyattn.codegen.target import Fused, Target
@@ -33,7 +34,12 @@ def fused_kernel(q: torch.Tensor) -> Fused | None:
 
 
 def run(
-    spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scalars: Scalars, basis: Basis, block: int
+    spec: KernelSpec,
+    inputs: Mapping[str, torch.Tensor],
+    scalars: Scalars,
+    basis: Basis,
+    block: int,
+    choose: Choose | None = None,
 ) -> dict[str, torch.Tensor]:
     """Outputs of a specification by name.
 
@@ -42,17 +48,18 @@ def run(
             [heads, n_k, ·]. Q, K and V are always among them: they give the sizes.
         scalars: values of the symbols in coefficients; those of polynomials may differ from head to head, [heads].
         basis: the monomials that the features are; the constant one where there are none.
-        block: tokens per block; under a causal mask the chunk length.
+        block: tokens per block; under a causal mask the chunk length; of a specification in tiles, tiles of queries.
+        choose: for a specification in tiles, which pairs of tiles are near.
     """
     device = inputs["Q"].device
     chosen = of(spec, device)
     try:
-        return chosen.run(spec, inputs, scalars, basis, block)
+        return chosen.run(spec, inputs, scalars, basis, block, choose)
     except Exception as error:
         if not chosen.may_fail:
             raise
         chosen.fail(spec, device, error)
-        return of(spec, device).run(spec, inputs, scalars, basis, block)
+        return of(spec, device).run(spec, inputs, scalars, basis, block, choose)
 
 
 def reset() -> None:

@@ -14,7 +14,9 @@ from polyattn.codegen.cpu.draft import Draft
 from polyattn.codegen.cpu.emit import LoopWriter
 from polyattn.codegen.cpu.fused import DTYPES, FLASH
 from polyattn.codegen.cpu.layout import Layout, Sizes, number
+from polyattn.codegen.cpu.near_tiles import TileWriter
 from polyattn.codegen.cpu.plan import state_key
+from polyattn.codegen.phases import Choose
 from polyattn.codegen.spec import QUERY_SIDE, TOKENS, KernelSpec, letters
 from polyattn.codegen.tables import Scalars
 from polyattn.codegen.target import Fused, Target
@@ -87,7 +89,19 @@ def _written(spec: KernelSpec) -> LoopWriter | str:
 
 
 @functools.cache
+def _why_not(spec: KernelSpec) -> str | None:
+    """Why there is no code for a specification in tiles; None where there is."""
+    try:
+        TileWriter(spec)
+    except (EmitError, ScheduleError) as error:
+        return str(error)
+    return None
+
+
+@functools.cache
 def _text(spec: KernelSpec) -> str:
+    if spec.tiled:
+        return TileWriter(spec).text()
     writer = _written(spec)
     if isinstance(writer, str):
         raise EmitError(writer)
@@ -179,6 +193,8 @@ class CPUTarget(Target):
 
     def unsupported(self, spec: KernelSpec) -> str | None:
         """See :meth:`Target.unsupported`; found by writing the loops, once."""
+        if spec.tiled:
+            return _why_not(spec)
         writer = _written(spec)
         return writer if isinstance(writer, str) else None
 
@@ -187,9 +203,21 @@ class CPUTarget(Target):
         return _text(spec)
 
     def run(
-        self, spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scalars: Scalars, basis: Basis, block: int
+        self,
+        spec: KernelSpec,
+        inputs: Mapping[str, torch.Tensor],
+        scalars: Scalars,
+        basis: Basis,
+        block: int,
+        choose: Choose | None = None,
     ) -> dict[str, torch.Tensor]:
         """See :meth:`Target.run`."""
+        if spec.tiled:
+            assert choose is not None, "a specification in tiles needs a choice of near pairs"
+            tiled: dict[str, torch.Tensor] = tables.module(f"cpu_{spec.name}", _text(spec)).run(
+                inputs, scalars, block, choose
+            )
+            return tiled
         module, writer, sample = tables.module(f"cpu_{spec.name}", _text(spec)), _written(spec), inputs["Q"]
         assert isinstance(writer, LoopWriter)
         weights = {

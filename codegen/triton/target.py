@@ -12,6 +12,7 @@ import sympy
 import torch
 
 from polyattn.codegen import tables
+from polyattn.codegen.phases import Choose
 from polyattn.codegen.spec import FEATURES, QUERY_SIDE, KernelSpec
 from polyattn.codegen.tables import Scalars
 from polyattn.codegen.target import Fused, Target

@@ -14,6 +14,7 @@ from polyattn.passes.derive.tracing import Differentiate, Lift
 from polyattn.rewriter.algebra.expr import Kind
 from polyattn.rewriter.algebra.programs import Program
 from polyattn.rewriter.rules.absorb import ABSORB
+from polyattn.rewriter.rules.adjoint import ADJOINT
 from polyattn.rewriter.rules.inline import INLINE
 from polyattn.rewriter.rules.project import PROJECT
 from polyattn.rewriter.rules.reuse import REUSE
@@ -82,7 +83,9 @@ def pipeline(form: Form, rule: ApproximateRule, gradient: str) -> tuple[Rule, ..
             the vjp of the substituted forward (§2b); ``projected`` is substituted, with dQ and dK in coordinates of a
             few directions.
     """
-    split = (Split(form.mask),) if form.mask.chunked else ()
+    split = (*((Split(form.mask),) if form.mask.split else ()), *rule.before)
+    if gradient == "consistent" and rule.keeps_names:
+        return (*lifting(form, backward=False), *split, rule, ADJOINT, *rule.then(gradient))
     if gradient == "consistent":
         return (
             *lifting(form, backward=False),
@@ -94,7 +97,8 @@ def pipeline(form: Form, rule: ApproximateRule, gradient: str) -> tuple[Rule, ..
             STACK,
         )
     project = (PROJECT,) if gradient == "projected" else ()
-    return (*lifting(form), *split, rule, *rule.then(gradient), STACK, *project)
+    stack = () if rule.keeps_names else (STACK,)
+    return (*lifting(form), *split, rule, *rule.then(gradient), *stack, *project)
 
 
 @dataclass(frozen=True)

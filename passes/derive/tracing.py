@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import torch
 
 from polyattn.passes.derive.forms import Form, Function
 from polyattn.passes.derive.lift import Lifter, kinds_by_size, trace
-from polyattn.rewriter.algebra.expr import Indicator, Kind, Leaf, Tensor
+from polyattn.rewriter.algebra.expr import Indicator, Kind, Leaf, Tensor, base_tensors
 from polyattn.rewriter.algebra.interpret import Interpreter
 from polyattn.rewriter.algebra.programs import Program
 from polyattn.rewriter.rules.rule import Rule
@@ -67,14 +68,31 @@ class Differentiate(Rule):
 
     def axes(self, program: Program) -> Mapping[str, tuple[Kind, ...]]:
         """The output, and gradients that have the axes of their inputs."""
-        return _axes(self.form)
+        return _axes(self._form(program))
+
+    def _form(self, program: Program) -> Form:
+        """The form with the axes that rules have given its tensors."""
+        found: dict[str, Tensor] = {}
+
+        def visit(tensor: Tensor) -> None:
+            if isinstance(tensor, (Leaf, Indicator)):
+                found.setdefault(tensor.name, tensor)
+            for inner in base_tensors(tensor):
+                visit(inner)
+
+        for _, x in program.expressions():
+            for term in x.terms:
+                for factor in term.factors:
+                    visit(factor.tensor)
+        inputs = [found.get(t.name, t) for t in self.form.inputs if not isinstance(t, Indicator)]
+        masks = [t for t in found.values() if isinstance(t, Indicator)]
+        out = tuple(index.kind for index in program.outputs["O"].indices)
+        return dataclasses.replace(self.form, inputs=(*inputs, *sorted(masks, key=lambda m: m.name)[::-1]), out=out)
 
     def rewrite(self, program: Program) -> Program:
         """See :meth:`Rule.rewrite`."""
-        form = self.form
-        pairs = [t.axes for t in form.inputs if isinstance(t, Indicator)]
-        masks = tuple(Indicator(which, axes) for axes in pairs for which in ("near", "far"))
-        inputs = [*(t for t in form.inputs if not isinstance(t, Indicator)), *masks, *self.inputs]
+        form = self._form(program)
+        inputs = [*form.inputs, *self.inputs]
         scalars = [*form.scalars, *(c.name for c in self.scalars)]
 
         def forward(env: Mapping[str, torch.Tensor]) -> torch.Tensor:

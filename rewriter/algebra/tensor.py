@@ -46,6 +46,13 @@ RANK_LETTERS = "αβγδε"
 QUERY = Kind("i", N_Q, token=True)
 KEY = Kind("j", N_K, token=True)
 TOKEN = Kind("t", N, token=True)
+T_Q, T_K = sympy.symbols("T_q T_k", positive=True)
+"""Tokens of a tile: of queries, of keys."""
+NEAR_SHARE = sympy.Symbol("ν", positive=True)
+"""The share of the pairs of tiles that are near."""
+QUERY_TILE, KEY_TILE = Kind("I", N_Q / T_Q), Kind("J", N_K / T_K)
+QUERY_PLACE, KEY_PLACE = Kind("i", T_Q, token=True), Kind("j", T_K, token=True)
+"""A token of a sequence in tiles is a tile and a place in it (rewriter/rules/tile.py)."""
 HEAD = Kind("a", D)
 VALUE = Kind("b", E)
 DIRECTION = Kind("c", D1)

@@ -22,6 +22,7 @@ class Sums(enum.Enum):
     TOTAL = "all tokens: one state, complete after a loop over them"
     RUNNING = "all chunks before a query's own (after a key's own): running sums"
     ELSEWHERE = "all chunks but a token's own and its neighbours: totals without near chunks"
+    TILES = "tiles of similar tokens: for each pair of tiles, where the call has not found the pair to be near"
 
 
 class Mask:
@@ -132,5 +133,15 @@ class LocalWindow(Mask):
         return (rows[..., :, None] // chunk - columns[..., None, :] // chunk).abs() <= 1
 
 
-NONE, CAUSAL, LOCAL_WINDOW = NoMask(), Causal(), LocalWindow()
-MASKS: tuple[Mask, ...] = (NONE, CAUSAL, LOCAL_WINDOW)
+class NearTiles(Mask):
+    """Every query sees every key; tokens lie in tiles of similar ones, and each call finds which pairs of tiles are near
+    (math.md §8)."""
+
+    name, title, prefix = "near tiles", "with exact pairs of tiles", "tiled_"
+    remark = ", near pairs of tiles apart"
+    sums, near_chunks, whole = Sums.TILES, 0, "all"
+    split = "M = M_near + M_far: pairs of tiles that a call computes exactly, the others (§8)"
+
+
+NONE, CAUSAL, LOCAL_WINDOW, NEAR_TILES = NoMask(), Causal(), LocalWindow(), NearTiles()
+MASKS: tuple[Mask, ...] = (NONE, CAUSAL, LOCAL_WINDOW, NEAR_TILES)

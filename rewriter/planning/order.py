@@ -32,7 +32,7 @@ from polyattn.rewriter.algebra.expr import (
     Weights,
 )
 from polyattn.rewriter.algebra.programs import Program
-from polyattn.rewriter.planning.plan import Node, Plan, node
+from polyattn.rewriter.planning.plan import Node, Plan, in_near_tiles, node
 from polyattn.rewriter.planning.verify import verify
 
 NOMINAL = {
@@ -46,6 +46,9 @@ NOMINAL = {
     "r'": 33.0,
     "m": 512.0,
     "C": 512.0,
+    "T_q": 64.0,
+    "T_k": 64.0,
+    "ν": 0.15,
 }
 MAX_FACTORS = 9
 
@@ -87,7 +90,7 @@ class _Planner:
         self.program = program
         self.near = int(
             any(
-                isinstance(f.tensor, Indicator) and f.tensor.which == "near"
+                isinstance(f.tensor, Indicator) and f.tensor.which == "near" and f.tensor.axes[0].token
                 for _, x in program.expressions()
                 for t in x.terms
                 for f in t.factors
@@ -101,6 +104,8 @@ class _Planner:
 
     def size(self, indices: Sequence[Index] | frozenset[Index]) -> float:
         total, tokens = 1.0, 0
+        if in_near_tiles(index.kind for index in indices):
+            total = NOMINAL["ν"]
         for index in indices:
             size = index.kind.size
             if size not in self.sizes:
@@ -155,7 +160,9 @@ class _Planner:
 
     def term(self, factors: tuple[Factor, ...], out: tuple[Index, ...]) -> _Partial:
         """The best tree of one term."""
-        far = [f for f in factors if isinstance(f.tensor, Indicator) and f.tensor.which == "far"]
+        far = [
+            f for f in factors if isinstance(f.tensor, Indicator) and f.tensor.which == "far" and f.tensor.axes[0].token
+        ]
         rest = [f for f in factors if f not in far]
         if len(rest) > MAX_FACTORS:
             raise RewriteError(f"a term of {len(rest)} factors is too long to order: {rest}")

@@ -16,6 +16,7 @@ from typing import Any
 import sympy
 
 from polyattn.rewriter.algebra.expr import CHUNK, N_Q, Kind
+from polyattn.rewriter.algebra.tensor import KEY_PLACE, NEAR_SHARE, QUERY_PLACE
 
 _lock = threading.Lock()
 _nodes: dict[Any, Node] = {}
@@ -83,8 +84,14 @@ def walk(roots: Iterable[Node], known: Iterable[Node] = ()) -> Iterator[Node]:
         yield from visit(root)
 
 
+def in_near_tiles(kinds: Iterable[Kind]) -> bool:
+    """Whether values over these axes are there for near pairs of tiles alone: a place of a query and one of a key."""
+    return {QUERY_PLACE, KEY_PLACE} <= set(kinds)
+
+
 def volume(kinds: Iterable[Kind], near: int) -> sympy.Expr:
-    """Number of elements over these axes; where pairs of tokens are near ones, n·C for each of ``near`` chunks."""
+    """Number of elements over these axes; where pairs of tokens are near ones, n·C for each of ``near`` chunks, and
+    where pairs of tiles are, their share of all."""
     kinds = list(kinds)
     tokens = [k.size for k in kinds if k.token]
     total = sympy.Integer(1)
@@ -95,7 +102,7 @@ def volume(kinds: Iterable[Kind], near: int) -> sympy.Expr:
         return total * tokens[0] * CHUNK * near
     for size in tokens:
         total *= size
-    return total
+    return total * NEAR_SHARE if in_near_tiles(kinds) else total
 
 
 def flops(n: Node, near: int) -> sympy.Expr:

@@ -92,6 +92,22 @@ class ApproximateRule(Rule):
         """A sentence on the features, for the head of a log."""
 
     @property
+    def keeps_names(self) -> bool:
+        """Whether what the rule names is to stay named: gradients are then derived definition by definition, and
+        operands are stacked where code is emitted."""
+        return False
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of the definitions that the choice of near pairs takes, where tokens are in tiles."""
+        return ()
+
+    @property
+    def before(self) -> tuple[Rule, ...]:
+        """The exact rules that bring a program into the form that this one is written for."""
+        return ()
+
+    @property
     def inputs_note(self) -> str:
         """A line on the tensors of :attr:`inputs`, for the header of an emitted file; empty without any."""
         return ""

@@ -31,7 +31,7 @@ class Split(Rule):
 
     def check(self, program: Program) -> str | None:
         """Refuses a mask without near pairs, and a program that the mask is not in."""
-        if not self.mask.chunked:
+        if not self.mask.split:
             return f"the mask {self.mask.name} has no near pairs"
         found = [f.tensor for f in factors(program) if isinstance(f.tensor, Indicator)]
         if self.mask.indicator not in found:

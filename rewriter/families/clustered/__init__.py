@@ -1,0 +1,1 @@
+"""Clustered attention: exp expanded around the mean query of a tile, near pairs of tiles exact."""
