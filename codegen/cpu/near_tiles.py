@@ -26,6 +26,8 @@ from polyattn.rewriter.planning.plan import Node
 HEAD, BLOCK, PAIRS, AFTER, END = range(5)
 """Where a line stands: before the loop over tiles of queries, in it, in the loop over near pairs inside it, after that,
 and after the loop over tiles of queries."""
+ORDER = (QUERY_TILE, QUERY_PLACE, KEY_TILE, KEY_PLACE, HEAD_DIM, VALUE)
+"""How products lie in memory."""
 LETTERS = "uvwxyzabcdefghlmnopqrst"
 SIZES = {QUERY_TILE: "A", QUERY_PLACE: "T_q", KEY_TILE: "B", KEY_PLACE: "T_k", HEAD_DIM: "d", VALUE: "e"}
 HELPERS = '''
@@ -78,9 +80,21 @@ class TileWriter:
         for unit in made:
             for n in unit.needs:
                 self.uses[n] = self.uses.get(n, 0) + 1
-        self.inputs: dict[str, Node] = {}
+        self.factors: dict[Node, str] = {}
+        """Products that nothing reads but their own multiple, by the factor."""
+        singles = {unit.node for unit in made if isinstance(unit, Single)}
+        for n in singles:
+            if n.op == "sum" and len(n.args) == 1 and n.attr[0][0] != 1 and self._takes_factor(n.args[0], singles):
+                self.factors[n.args[0]] = number(n.attr[0][0])
         self.chosen: set[str] = set()
         self._write(made)
+
+    def _takes_factor(self, n: Node, singles: set[Node]) -> bool:
+        """Whether a value is a product by itself, read once, whose operands can take its factor."""
+        if n.op != "contract" or len(n.args) != 2 or n not in singles or self.uses.get(n, 0) != 1:
+            return False
+        patterns, result = n.attr
+        return bool({x for p in patterns for x in p} - set(result)) and not any(of_pairs(a) for a in n.args)
 
     # -- order -------------------------------------------------------------------------------------------------------
 
@@ -254,6 +268,8 @@ class TileWriter:
 
     def _sum(self, n: Node) -> None:
         coefficients, orders = n.attr
+        if len(n.args) == 1 and n.args[0] in self.factors:
+            coefficients = (1,)
         place = self._place(n.args)
         axes: tuple[Kind | None, ...] = self._pair_axes(n.axes) if place == PAIRS else n.axes
         text = ""
@@ -281,14 +297,26 @@ class TileWriter:
         letters = {x: LETTERS[x] for p in patterns for x in p}
         sides = ["".join(letters[x] for x in p) for p in patterns]
         names = ", ".join(self.values[a].name for a in n.args)
-        code = f'torch.einsum("{", ".join(sides)} -> {"".join(letters[x] for x in result)}", {names})'
-        if len(n.args) == 1:
+        if len(n.args) == 2:
+            names = ", ".join(self._scaled(a, n) for a in n.args)
+            kept = sorted(range(len(result)), key=lambda at: (ORDER.index(n.axes[at]), at))
+            code = f'torch.einsum("{", ".join(sides)} -> {"".join(letters[result[at]] for at in kept)}", {names})'
+            if kept != sorted(kept):
+                code += f".permute({', '.join(str(kept.index(at)) for at in range(len(kept)))})"
+        else:
+            code = f'torch.einsum("{", ".join(sides)} -> {"".join(letters[x] for x in result)}", {names})'
             dims = [at for at, x in enumerate(patterns[0]) if x not in result]
             kept = [x for x in patterns[0] if x in result]
             if kept == list(result):
                 code = f"{names}.sum({tuple(dims) if len(dims) > 1 else dims[0]})"
         self._result(n, code, place)
         return None
+
+    def _scaled(self, a: Node, product: Node) -> str:
+        """An operand of a product; the smaller one takes the factor that the product is multiplied by."""
+        factor = self.factors.get(product)
+        small = min(product.args, key=lambda x: (len(x.axes), product.args.index(x)))
+        return f"{factor} * {self.values[a].name}" if factor is not None and a is small else self.values[a].name
 
     def _result(self, n: Node, code: str, place: int) -> None:
         """A product's value, or what a block adds to a sum over tiles of queries."""

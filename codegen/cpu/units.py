@@ -223,6 +223,8 @@ def _stacked(n: Node, inner: set[Node]) -> Stacked | None:
         columns = tuple(p for p in range(len(n.axes)) if p in right and p not in left)
         if not rows or not columns:
             continue
+        if not {n.axes[p] for p in rows} & {QUERY_TILE, QUERY_PLACE}:
+            rows, columns = columns, rows  # queries are the rows
         parts = []
         for a, c, o in zip(n.args, coefficients, orders, strict=True):
             part = _part(a, c, o, set(rows), set(columns), a in inner)

@@ -1,0 +1,112 @@
+"""Which pairs of tiles are near: a score for every pair, from moments that the expansion has anyway (math.md §8).
+
+It stays outside of the algebra because it is a decision: a constant of the differentiation, and no derivative, cost or
+kernel follows from it but through the mask that it makes.
+
+With share_IJ the part of J in what the mean query of I sees, c̃ = c_IJ − Σ_J share c_IJ, ō_I the output of the mean query,
+Σ_I the covariance of the tile's queries, C_J and var_J of keys and values of a tile of keys, a pair is near where
+
+    min(1, share exp(½ s² c̃ᵀ Σ_I c̃)) · min(25, s² tr Σ_I C_J)^½ · (‖v_IJ − ō_I‖² + var_J)^½ / unit  >  τ
+
+what the share can become for queries away from the mean, how far logits vary inside the pair, and how far its values are
+from the output, in units of the values' spread or, where that is less, of ``RATIO`` times the spread of outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+LARGEST_TRACE = 25.0
+"""Where the variance of logits inside a pair is cut off in its score."""
+RATIO = 5.0
+"""The relative tolerance over the additive one: heads whose output hardly varies keep the relative one too."""
+
+
+@dataclass
+class NearPairs:
+    """The choice of near pairs of a call, head by head and block by block.
+
+    Args:
+        q, k, v: operands in tiles, [H, A, T_q, d], [H, B, T_k, d] and [H, B, T_k, e].
+        share_q: what a query counts in the mean of its tile, [H, A, T_q].
+        share_k: the same of keys, [H, B, T_k].
+        scale: factor of the logits.
+        tau: the threshold of each head, [H]; inf: no pair is near, 0: every pair is.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    share_q: Tensor
+    share_k: Tensor
+    scale: float
+    tau: Tensor
+    shift: Tensor | None = None
+    """Logarithms of the sums of rows [H, A, T_q] where they are known, as in a backward."""
+    near: Tensor | None = None
+    """[H, A, B]: what was chosen, where it is to be kept."""
+    _head: int = field(default=-1, init=False)
+
+    def __call__(self, head: int, tiles: slice, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See :data:`polyattn.codegen.phases.Choose`."""
+        if head != self._head:
+            self._begin(head)
+        mu, mean, mass, away = values["MU"], values["KBAR"], values["DP"], values["CK"]
+        q, w = self.q[head, tiles], self.share_q[head, tiles]
+        delta = q - mu[:, None]
+        sigma = self.scale**2 * ((delta * w[..., None]).mT @ delta)  # of logits, [I, d, d]
+        log_mass = mass.log() + self.scale * (mu @ mean.mT)
+        top = log_mass.logsumexp(1)
+        log_share = log_mass - top[:, None]
+        share = log_share.exp()[:, None]  # [I, 1, J]
+        key, value = mean + away, values["NP"] / mass[..., None]
+        mean_key, out = share @ key, share @ value  # [I, 1, d], [I, 1, e]
+        turned = key @ sigma
+        square = (turned * key).sum(2)
+        turned_mean = mean_key @ sigma
+        variance = square + (turned_mean @ mean_key.mT - 2 * turned @ mean_key.mT)[..., 0]
+        lifted = (log_share + variance / 2).clamp(max=0).exp()
+        distance = value.square().sum(2) + (out @ out.mT - 2 * value @ out.mT)[..., 0]
+        size = (distance.clamp(min=0) + self._var).sqrt() / self._unit
+        trace = (sigma.flatten(1) @ self._sigma_k).clamp(min=0, max=LARGEST_TRACE)
+        score = lifted * trace.sqrt() * size
+        # what is not finite is near, so that exact arithmetic says what it is
+        near = ~(score <= self.tau[head]) & self._some_k & (w > 0).any(1)[:, None]
+        if self.near is not None:
+            self.near[head, tiles] = near
+        made = {"M_near": near, "M_far": ~near, "TOP": top}
+        if self.shift is None:
+            made["SHIFT"] = top[:, None] + self.scale * (delta @ mean_key.mT)[..., 0]
+        else:
+            made["SHIFT"] = self.shift[head, tiles]
+        return made
+
+    def _begin(self, head: int) -> None:
+        """What does not depend on the tile of queries."""
+        self._head = head
+        k, v, w = self.k[head], self.v[head], self.share_k[head][..., None]
+        mean_k, mean_v = (w * k).sum(1, keepdim=True), (w * v).sum(1, keepdim=True)
+        k0, v0 = k - mean_k, v - mean_v
+        of_keys = (k0 * w).mT @ k0
+        self._sigma_k = of_keys.flatten(1).mT.contiguous()  # [d², J]
+        self._var = (w * v0.square()).sum((1, 2))
+        some = w[..., 0] > 0
+        self._some_k = some.any(1)
+        size = some.sum(1).to(k.dtype)
+        centre = (size[:, None] * mean_v[:, 0]).sum(0) / size.sum().clamp_min(1)
+        radius = ((v - centre).square().sum(2) * some).amax().sqrt()
+        spread = self._spread_of_outputs(head, mean_k[:, 0], mean_v[:, 0], of_keys, size)
+        tiny = torch.finfo(k.dtype).tiny
+        self._unit = torch.minimum(radius, RATIO * spread).clamp_min(tiny)
+
+    def _spread_of_outputs(self, head: int, k: Tensor, v: Tensor, of_keys: Tensor, size: Tensor) -> Tensor:
+        """RMS ‖ō_I − ō‖, of outputs over whole tiles of keys with their logits' variance to the second order."""
+        mu = (self.share_q[head][..., None] * self.q[head]).sum(1)
+        square = (mu[:, :, None] * mu[:, None]).flatten(1) @ of_keys.flatten(1).mT
+        logits = self.scale * (mu @ k.mT) + (self.scale**2 / 2 * square).clamp(max=LARGEST_TRACE) + size.log()
+        out = logits.softmax(1) @ v
+        return (out - out.mean(0)).square().sum(1).mean().sqrt()
