@@ -15,7 +15,7 @@ from polyattn.errors import OptionValueError, UnknownOptionError
 log = logging.getLogger("polyattn")
 
 Policy = Literal["auto", "low_rank", "exact"]
-Features = Literal["auto", "polynomial", "skeleton", "random"]
+Features = Literal["auto", "clustered", "polynomial", "skeleton", "random"]
 Gradient = Literal["auto", "consistent", "substituted"]
 Inner = Literal["inductor", "eager"]
 Polynomial = Literal["taylor", "minimax", "least_squares"]

@@ -22,7 +22,7 @@ from polyattn.passes.derive.kernels import Kernels, kernels
 from polyattn.rewriter.algebra.tensor import CHUNK, D1, E1, N_K, N_Q, D, E
 from polyattn.rewriter.families.family import FeatureFamily, Fit
 from polyattn.rewriter.families.registry import family_class
-from polyattn.rewriter.masks.mask import CAUSAL, LOCAL_WINDOW, NONE, Mask
+from polyattn.rewriter.masks.mask import CAUSAL, LOCAL_WINDOW, NEAR_TILES, NONE, Mask
 
 Centring = Literal["none", "call", "first_chunk"]
 """Which tokens the means are taken of that queries and keys are centred by: no centring, all of a call, or the first
@@ -87,11 +87,14 @@ class SitePlan:
         family = family_class(options.features).of(options)
         mask = CAUSAL if causal else NONE if options.local_window is None else LOCAL_WINDOW
         chunk = 0
+        own = family.mask(mask)
+        mask = mask if isinstance(own, str) else own
         if mask is LOCAL_WINDOW:
             chunk = options.local_window or 0
         elif mask is CAUSAL:
             chunk = options.causal_chunk or family.chunk_length(d, targets.of_device(torch.device(device)).chunk_length)
         centring: Centring = "none" if not options.centring else options.causal_stats if causal else "call"
+        centring = "none" if mask is NEAR_TILES else centring  # deviations from means are part of the form
         gradient: Gradient = "consistent"
         if options.gradient == "substituted":
             gradient = "substituted" if options.key_directions is None else "projected"
@@ -114,6 +117,17 @@ class SitePlan:
         return self.centring != "none" or bool(self.outliers) or self.padding
 
     @property
+    def unsupported(self) -> str:
+        """Why there is no low-rank form of this family under the mask; empty where there is one."""
+        own = self.family.mask(self.mask)
+        return own if isinstance(own, str) else ""
+
+    @property
+    def tiled(self) -> bool:
+        """Whether tokens are in tiles of similar ones, whose near pairs every call finds."""
+        return self.mask is NEAR_TILES
+
+    @property
     def seen(self) -> str:
         """Which keys queries see: ``none``, ``causal``, ``key padding``, ``causal + key padding``."""
         parts = [self.mask.name] if self.mask.hides else []
@@ -134,7 +148,7 @@ class SitePlan:
         """Specifications of forward and backward, derived once per form, rule and gradient."""
         return kernels(self.form, self.family.rule, self.gradient)
 
-    def sizes(self, shape: Mapping[str, int]) -> dict[sympy.Symbol, int]:
+    def sizes(self, shape: Mapping[str, int]) -> dict[sympy.Symbol, int | float]:
         """Numbers for the symbols of costs per key head; grouped queries count as further rows.
 
         Args:
@@ -149,7 +163,7 @@ class SitePlan:
             CHUNK: self.chunk,
             D1: min(shape["d"], self.projection.keys),
             E1: min(shape["e"], self.projection.values),
-            **self.family.sizes(shape["d"]),
+            **self.family.sizes(shape),
         }
 
     def with_fit(self, fit: Fit) -> SitePlan:

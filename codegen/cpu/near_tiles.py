@@ -241,8 +241,9 @@ class TileWriter:
             code = f"{code}.permute({', '.join(map(str, order))})"
         if not tiles:
             return code, value.axes
-        index = ", ".join("a" if kind == QUERY_TILE else "b" for kind in tiles)
-        return f"{code}[{index}]", (None, *rest)
+        if len(tiles) == 2:
+            return f"{code}[a, b]", (None, *rest)
+        return f"{code}.index_select(0, {'a' if tiles == [QUERY_TILE] else 'b'})", (None, *rest)
 
     def _aligned(self, n: Node, place: int, order: Sequence[int | None], axes: tuple[Kind, ...]) -> str:
         """A value as an expression over the axes of a sum or product that reads its axes in an order."""
@@ -431,7 +432,7 @@ class TileWriter:
         for operand, used in sides:
             if pairs:
                 tile = next(n.axes[p] for p in used if n.axes[p] in (QUERY_TILE, KEY_TILE))
-                codes.append(f"{operand.name}[{'a' if tile == QUERY_TILE else 'b'}]")
+                codes.append(f"{operand.name}.index_select(0, {'a' if tile == QUERY_TILE else 'b'})")
                 texts.append("P" + "".join(letters[p] for p in used if n.axes[p] != tile) + "K")
             else:
                 codes.append(operand.name)
@@ -505,7 +506,7 @@ class TileWriter:
                 parts.append((partner, tuple({other: 0, summed: 1}.get(kind, -1) for kind in partner.axes), "1"))
         stack = self._operand(parts, (0, 1), (other, summed))
         left = "P" + "".join(letters[k] for k in value.axes[1:] if k is not None)
-        gathered = f"{stack.name}[{'b' if index == 'a' else 'a'}]"
+        gathered = f"{stack.name}.index_select(0, {'b' if index == 'a' else 'a'})"
         code = f'torch.einsum("{left}, P{letters[summed]}K -> P{letters[place]}K", {value.name}, {gathered})'
         sums = self._fresh("sums")
         widths = " + ".join(self._width(p, operand) for p in partners)

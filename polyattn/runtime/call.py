@@ -9,7 +9,7 @@ import torch
 
 from polyattn.options import Options
 from polyattn.rewriter.families.family import Fit
-from polyattn.runtime import audit, execute, fits, policy, registry
+from polyattn.runtime import audit, execute, fits, policy, registry, tiled, tiled_call
 from polyattn.runtime.execute import Forward, Grouped
 from polyattn.runtime.registry import CallRecord, Entry
 from polyattn.site_plan import SitePlan
@@ -20,13 +20,15 @@ Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 def attempt(
     entry: Entry, record: CallRecord, tensors: Tensors, options: Options, keep: torch.Tensor | None = None
-) -> tuple[Forward | None, SitePlan, Fit | None]:
+) -> tuple[Forward | tiled.Forward | None, SitePlan, Fit | None]:
     """The low-rank forward of a call, its plan and the fit in it; None for a forward whose audit makes the site
     exact.
 
     Args:
         keep: which keys take part, bool [batch, n_k]; None: all.
     """
+    if entry.state.decision.plan.tiled:
+        return tiled_call.attempt(entry, record, tensors, options, keep)
     plain, grouped = entry.state.decision.plan, execute.grouped(*tensors)
     by_head = execute.grouped_keep(keep, tensors[1].shape[1])
     fit = fits.kept(entry, record, tensors, plain, options, keep) if plain.family.fitted else None

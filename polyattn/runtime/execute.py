@@ -16,8 +16,8 @@ from polyattn.codegen import targets
 from polyattn.codegen.spec import KernelSpec
 from polyattn.codegen.tables import Scalars
 from polyattn.codegen.target import block_length
-from polyattn.rewriter.families.family import Bound
-from polyattn.runtime import exact, outlier_keys, row_checks
+from polyattn.rewriter.families.family import Bound, Fit
+from polyattn.runtime import exact, outlier_keys, row_checks, tiled
 from polyattn.runtime.centring import Centred, centre
 from polyattn.runtime.projection import finite, project
 from polyattn.site_plan import SitePlan
@@ -40,6 +40,10 @@ class Forward:
     out: torch.Tensor
     denominators: torch.Tensor
     exact_rows: int
+
+    def packed(self, fit: Fit) -> torch.Tensor:
+        """What the operator hands to its backward of a fit."""
+        return fit.values.clone()
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -170,6 +174,11 @@ def backward(
     keep = grouped_keep(keep, k.shape[1])
     gs, outs = g.reshape(*qs.shape[:-1], -1).to(qs.dtype), out.reshape(*qs.shape[:-1], -1).to(qs.dtype)
     stats = denominators.reshape(qs.shape[:-1])
+    if plan.tiled:
+        assert fitted is not None, "a call in tiles hands its thresholds on"
+        some_of = tuple(name for name, need in zip(("dQ", "dK", "dV"), needs, strict=True) if need)
+        found = tiled.backward(gs, (qs, ks, vs), outs, stats, plan, fitted[:, 0], some_of, keep)
+        return found.get("dQ"), found.get("dK"), found.get("dV")
     bad = stats <= 0
     quiet = bad | stats.isposinf()  # rows that are exact, and rows that see no key, add nothing to the sums
     some, silent = bool(bad.any()), bool(quiet.any())

@@ -100,4 +100,5 @@ def packed_shape(k: torch.Tensor, options: Options) -> tuple[int, ...]:
     family = family_class(options.features).of(options)
     if options.policy == "exact" or not family.fitted:
         return (0,)
-    return family.packed_shape(k.shape[1], k.shape[-1])
+    shape = family.packed_shape(k.shape[1], k.shape[-1])
+    return (k.shape[0] * shape[0], *shape[1:]) if family.by_element else shape

@@ -133,7 +133,7 @@ def _attention(
             made, plan, fit = attempt(entry, record, (q, k, v), opts, call.keep)
         registry.leave(entry, record, made is not None, fit, q, k, v)
         # operators may not return what they keep
-        fitted = fits.nothing(k, opts) if fit is None else fit.values.clone()
+        fitted = fits.nothing(k, opts) if fit is None or made is None else made.packed(fit)
         executed: SitePlan | ExactPlan | None = plan
         if made is None:
             out, stat, executed = call.exact((q, k, v), scale)

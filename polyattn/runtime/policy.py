@@ -19,10 +19,12 @@ from polyattn.passes.derive.forms import Form, softmax
 from polyattn.passes.derive.kernels import exact_cost, kernels
 from polyattn.passes.match.site import Site
 from polyattn.rewriter.algebra.tensor import N_K
+from polyattn.rewriter.families.clustered.family import TYPICAL_SHARE
 from polyattn.rewriter.families.family import Fit
-from polyattn.rewriter.masks.mask import NONE
+from polyattn.rewriter.masks.mask import NEAR_TILES, NONE
 from polyattn.rewriter.rules.rule import ApproximateRule
-from polyattn.runtime.state import Audit, Decision, SiteState, Verdict
+from polyattn.runtime import thresholds
+from polyattn.runtime.state import Audit, Decision, HeadState, SiteState, Verdict
 from polyattn.site_plan import SitePlan
 
 FAILED_ROWS, DEFAULT_WAIT = 1 / 8, 8
@@ -45,7 +47,7 @@ def symbolic_costs(
     form: Form, rule: ApproximateRule, gradient: str, projected_values: bool = False
 ) -> tuple[sympy.Expr, sympy.Expr]:
     """FLOPs per head, forward and backward, of exact attention and of the low-rank plan, in the rule's symbols."""
-    dense = exact_cost(softmax(form.mask)) * form.mask.share
+    dense = exact_cost(softmax(NONE if form.mask is NEAR_TILES else form.mask)) * form.mask.share
     return sympy.expand(dense), kernels(form, rule, gradient).cost(projected_values)
 
 
@@ -65,9 +67,15 @@ def _symbolic(plan: SitePlan) -> tuple[sympy.Expr, sympy.Expr]:
 
 def decide(shape: Mapping[str, int], plan: SitePlan, options: Options) -> SiteState:
     """The state of a site before its first call, by policy and cost; the audit comes after the first forward."""
+    verdict: Verdict = "low_rank"
+    if plan.unsupported:
+        whole = exact_cost(softmax(plan.mask)) * plan.mask.share
+        before = int(whole.subs(plan.sizes(shape))) * shape["batch"] * shape["kv_heads"]
+        reason = "policy='exact'" if options.policy == "exact" else plan.unsupported
+        decision = Decision("exact", reason, plan, dict(shape), before, before, whole, whole, plan.seen)
+        return SiteState(decision, guarantee="exact")
     before, after = costs(shape, plan)
     symbolic = _symbolic(plan)
-    verdict: Verdict = "low_rank"
     if options.policy == "exact":
         verdict, reason = "exact", "policy='exact'"
     elif options.policy == "low_rank":
@@ -76,6 +84,8 @@ def decide(shape: Mapping[str, int], plan: SitePlan, options: Options) -> SiteSt
         verdict, reason = "exact", "policy='auto' needs an audit, and audit_rows=0"
     elif after >= before:
         verdict, reason = "exact", f"low rank costs {after / before:.2f} times exact attention at this length"
+    elif plan.tiled and (seconds := thresholds.seconds(TYPICAL_SHARE, plan, shape["n_q"], shape["n_k"])) >= 1:
+        verdict, reason = "exact", f"tiles would take {seconds:.2f} times as long as exact attention at this length"
     else:
         reason = f"low rank costs {after / before:.2f} times exact attention"
     decision = Decision(verdict, reason, plan, dict(shape), before, after, *symbolic, plan.seen)
@@ -174,6 +184,16 @@ def larger(a: float | None, b: float) -> float:
 def fitted(state: SiteState, fit: Fit) -> SiteState:
     """The state with a fit that was just made."""
     return dataclasses.replace(state.counting(fits=state.counters.fits + 1), fit=fit)
+
+
+def thresholds_kept(state: SiteState, fit: Fit) -> SiteState:
+    """The state with the thresholds of near pairs that the next call begins with."""
+    return dataclasses.replace(state, fit=fit)
+
+
+def heads_seen(state: SiteState, heads: tuple[HeadState, ...]) -> SiteState:
+    """The state with what a call has found of its heads."""
+    return dataclasses.replace(state, heads=heads)
 
 
 def served(exact_rows: int, rows: int, errors: AuditErrors | None, options: Options) -> bool:

@@ -66,6 +66,19 @@ class Audit:
 
 
 @dataclass(frozen=True)
+class HeadState:
+    """One key head in the last call in tiles, its batch elements together."""
+
+    share: float
+    """The share of its pairs that was computed exactly; 1 for exact attention."""
+    threshold: float
+    """Of near pairs; 0 for exact attention."""
+    error: float | None
+    """The row error, in the additive unit, that at most one in a hundred of the rows exceed; None: not measured."""
+    relative_error: float | None
+
+
+@dataclass(frozen=True)
 class SiteState:
     """Everything that is known of one site under one set of parameters."""
 
@@ -75,6 +88,8 @@ class SiteState:
     guarantee: Literal["audited", "exact", "none"] = "none"
     fit: Fit | None = None
     """What is fitted to the heads, from the first low-rank call on."""
+    heads: tuple[HeadState, ...] = ()
+    """Where tokens are in tiles: the key heads of the last call."""
     warned: bool = False
     """Whether a warning about a failed audit was logged."""
 

@@ -42,6 +42,21 @@ class FamilyOptions(Protocol):
         ...
 
     @property
+    def tolerance(self) -> float:
+        """See :attr:`polyattn.Options.tolerance`."""
+        ...
+
+    @property
+    def relative_tolerance(self) -> float:
+        """See :attr:`polyattn.Options.relative_tolerance`."""
+        ...
+
+    @property
+    def gradient_tolerance(self) -> float:
+        """See :attr:`polyattn.Options.gradient_tolerance`."""
+        ...
+
+    @property
     def seed(self) -> int:
         """See :attr:`polyattn.Options.seed`."""
         ...
@@ -137,8 +152,17 @@ class FeatureFamily(abc.ABC):
         return self.rank(d)
 
     @abc.abstractmethod
-    def sizes(self, d: int) -> dict[sympy.Symbol, int]:
-        """Numbers for the symbols of costs that the rule brings in, for queries and keys of width d."""
+    def sizes(self, shape: Mapping[str, int]) -> dict[sympy.Symbol, int | float]:
+        """Numbers for the symbols of costs that the rule brings in.
+
+        Args:
+            shape: heads, kv_heads, n_q, n_k and d.
+        """
+
+    def mask(self, mask: Mask) -> Mask | str:
+        """The mask of the derivation where queries see what ``mask`` shows: the same one, or one with near pairs of the
+        family's own; or why there is no form under it."""
+        return mask
 
     def basis(self, d: int) -> Basis:
         """The monomials that ``features`` nodes of the plan stand for; the constant one where there are none."""
@@ -157,6 +181,11 @@ class FeatureFamily(abc.ABC):
     @property
     def fitted(self) -> bool:
         """Whether something is fitted to the heads of a site at its first low-rank call."""
+        return False
+
+    @property
+    def by_element(self) -> bool:
+        """Whether what a call hands to its backward differs between batch elements: [batch · kv_heads, ...]."""
         return False
 
     def packed_shape(self, kv_heads: int, d: int) -> tuple[int, ...]:

@@ -49,6 +49,12 @@ class NearPairs:
     """Logarithms of the sums of rows [H, A, T_q] where they are known, as in a backward."""
     near: Tensor | None = None
     """[H, A, B]: what was chosen, where it is to be kept."""
+    shifts: Tensor | None = None
+    """[H, A, T_q]: the rows' shifts, where they are to be kept."""
+    means: Tensor | None = None
+    """[H, tiles, d]: means of all tiles, where ``q`` holds rows of some of them."""
+    sigma: Tensor | None = None
+    """[H, A, d, d]: covariances of the logits of their queries, likewise."""
     _head: int = field(default=-1, init=False)
 
     def __call__(self, head: int, tiles: slice, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -58,7 +64,10 @@ class NearPairs:
         mu, mean, mass, away = values["MU"], values["KBAR"], values["DP"], values["CK"]
         q, w = self.q[head, tiles], self.share_q[head, tiles]
         delta = q - mu[:, None]
-        sigma = self.scale**2 * ((delta * w[..., None]).mT @ delta)  # of logits, [I, d, d]
+        if self.sigma is None:
+            sigma = self.scale**2 * ((delta * w[..., None]).mT @ delta)  # of logits, [I, d, d]
+        else:
+            sigma = self.sigma[head, tiles]
         log_mass = mass.log() + self.scale * (mu @ mean.mT)
         top = log_mass.logsumexp(1)
         log_share = log_mass - top[:, None]
@@ -83,6 +92,8 @@ class NearPairs:
             made["SHIFT"] = top[:, None] + self.scale * (delta @ mean_key.mT)[..., 0]
         else:
             made["SHIFT"] = self.shift[head, tiles]
+        if self.shifts is not None:
+            self.shifts[head, tiles] = made["SHIFT"]
         return made
 
     def _begin(self, head: int) -> None:
@@ -105,7 +116,7 @@ class NearPairs:
 
     def _spread_of_outputs(self, head: int, k: Tensor, v: Tensor, of_keys: Tensor, size: Tensor) -> Tensor:
         """RMS ‖ō_I − ō‖, of outputs over whole tiles of keys with their logits' variance to the second order."""
-        mu = (self.share_q[head][..., None] * self.q[head]).sum(1)
+        mu = (self.share_q[head][..., None] * self.q[head]).sum(1) if self.means is None else self.means[head]
         square = (mu[:, :, None] * mu[:, None]).flatten(1) @ of_keys.flatten(1).mT
         logits = self.scale * (mu @ k.mT) + (self.scale**2 / 2 * square).clamp(max=LARGEST_TRACE) + size.log()
         out = logits.softmax(1) @ v

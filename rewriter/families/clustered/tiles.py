@@ -13,6 +13,8 @@ from torch import Tensor
 
 VALUE_WEIGHT = 0.3
 """Weight of the values in what keys are compared by, relative to the keys themselves."""
+LEADING = 16
+"""Directions that tokens are compared in, at most: more cost time and change no tile that matters."""
 SAMPLE, POWER_STEPS = 256, 3
 """Tokens of a set that its leading direction is found from, and power steps from the token farthest away."""
 MULTIPLE = 8
@@ -56,7 +58,8 @@ class Tiles:
         """[H, n, ...] → [H, A, T, ...]."""
         h, n = x.shape[:2]
         rows = self.index + torch.arange(h, device=x.device)[:, None, None] * n
-        return x.reshape(h * n, *x.shape[2:])[rows]
+        made = x.reshape(h * n, *x.shape[2:]).index_select(0, rows.flatten())
+        return made.view(*self.index.shape, *x.shape[2:])
 
     def scatter(self, tiles: Tensor, n: int) -> Tensor:
         """[H, A, T, ...] → [H, n, ...], zero for tokens of no tile."""
@@ -108,7 +111,16 @@ def features(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> tu
         of_k, of_v = (x.masked_fill(~valid[..., None], 0) for x in (of_k, of_v))
     power_k, power_v = (x.square().sum((1, 2), keepdim=True) for x in (of_k, of_v))
     weight = VALUE_WEIGHT * (power_k / power_v.clamp_min(torch.finfo(v.dtype).tiny)).sqrt()
-    return of_q, torch.cat([of_k, weight * of_v], -1)
+    return leading(of_q), leading(torch.cat([of_k, weight * of_v], -1))
+
+
+def leading(x: Tensor) -> Tensor:
+    """Features [H, n, f] in their ``LEADING`` leading directions, in which most of their power lies."""
+    if x.shape[-1] <= LEADING:
+        return x
+    power = x.mT @ x
+    directions = torch.linalg.eigh(power)[1][..., -LEADING:]
+    return x @ directions
 
 
 def covariance_mean(x: Tensor, valid: Tensor | None) -> Tensor:
@@ -138,8 +150,7 @@ def tree(x: Tensor, shape: Shape, valid: Tensor | None = None) -> Tiles:
     seen = None if present is None else present.reshape(sets, size)
     while size > shape.width:
         y = y.reshape(sets, size, f)
-        along = _along(y, None if seen is None else seen)
-        permutation = along.argsort(1)
+        permutation = _halves(_along(y, seen))
         flat = flat.gather(1, permutation).view(2 * sets, size // 2)
         if seen is not None:
             seen = seen.gather(1, permutation).view(2 * sets, size // 2)
@@ -153,6 +164,14 @@ def tree(x: Tensor, shape: Shape, valid: Tensor | None = None) -> Tiles:
     held = seen.reshape(h, shape.tiles, shape.width)
     first = index.flatten(1)[:, :1, None]  # the first place of all is empty only where no token takes part
     return Tiles(torch.where(held, index, first), held, False)
+
+
+def _halves(x: Tensor) -> Tensor:
+    """Positions of the lower and then of the upper half of each row [sets, size], in no order inside a half."""
+    sets, size = x.shape
+    upper = x.topk(size // 2, dim=1, sorted=False)[1]
+    lower = torch.ones_like(x, dtype=torch.bool).scatter_(1, upper, False).nonzero()[:, 1].view(sets, -1)
+    return torch.cat([lower, upper], 1)
 
 
 def _along(y: Tensor, seen: Tensor | None) -> Tensor:

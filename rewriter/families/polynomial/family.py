@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import sympy
@@ -76,8 +76,9 @@ class Polynomial(FeatureFamily):
         """See :meth:`FeatureFamily.features`."""
         return rank(self.basis(d))
 
-    def sizes(self, d: int) -> dict[sympy.Symbol, int]:
+    def sizes(self, shape: Mapping[str, int]) -> dict[sympy.Symbol, int | float]:
         """See :meth:`FeatureFamily.sizes`."""
+        d = shape["d"]
         return {R: self.rank(d), R1: self._at_most(rank(full(d, self.power - 1)))}
 
     def _at_most(self, count: int) -> int:

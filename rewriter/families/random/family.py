@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import sympy
@@ -53,7 +53,7 @@ class Random(FeatureFamily):
         """See :meth:`FeatureFamily.rank`."""
         return self.directions
 
-    def sizes(self, d: int) -> dict[sympy.Symbol, int]:
+    def sizes(self, shape: Mapping[str, int]) -> dict[sympy.Symbol, int | float]:
         """See :meth:`FeatureFamily.sizes`."""
         return {M: self.directions}
 

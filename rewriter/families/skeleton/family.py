@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import sympy
@@ -52,7 +52,7 @@ class Skeleton(FeatureFamily):
         """See :meth:`FeatureFamily.rank`."""
         return self.landmarks
 
-    def sizes(self, d: int) -> dict[sympy.Symbol, int]:
+    def sizes(self, shape: Mapping[str, int]) -> dict[sympy.Symbol, int | float]:
         """See :meth:`FeatureFamily.sizes`."""
         return {M: self.landmarks}
 
