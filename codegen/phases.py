@@ -1,7 +1,7 @@
 """Schedule of programs in tiles: values of key tiles, then a loop over tiles of queries, then what its sums yield.
 
-Phases of a value: ``HEAD``, of keys alone, once for each head; ``BLOCK``, of some tiles of queries; ``END``, what needs a
-sum over all tiles of queries. Values over places of both queries and keys are there for near pairs of tiles alone, of
+Phases of a value: ``HEAD``, of keys alone, once for each head; ``BLOCK``, of some tiles of queries; ``END``, what needs
+a sum over all tiles of queries. Values over places of both queries and keys are there for near pairs of tiles alone, of
 which a call's choice says which they are, once the values that it reads are there.
 """
 
@@ -52,14 +52,14 @@ def phases(roots: Mapping[str, Node]) -> dict[Node, Phase]:
         if phase is Phase.END and (own is Phase.BLOCK or reduces_queries(n)):
             raise ScheduleError(f"{n} needs a sum over all tiles of queries, of which it is a part")
         found[n] = phase
-        if any(a.op == "mask" and a.attr == "near" or a in masked for a in n.args) and n.op == "contract":
+        if any((a.op == "mask" and a.attr == "near") or a in masked for a in n.args) and n.op == "contract":
             masked.add(n)
         if n.op == "sum" and n.args and all(a in masked for a in n.args):
             masked.add(n)
     for n in found:
-        if n.op == "contract" and not in_near_tiles(n.axes) and any(in_near_tiles(a.axes) for a in n.args):
-            if not any(a in masked for a in n.args):
-                raise ScheduleError(f"{n} sums over pairs of places that no mask of near tiles limits")
+        sums_pairs = n.op == "contract" and not in_near_tiles(n.axes) and any(in_near_tiles(a.axes) for a in n.args)
+        if sums_pairs and not any(a in masked for a in n.args):
+            raise ScheduleError(f"{n} sums over pairs of places that no mask of near tiles limits")
     return found
 
 
@@ -79,9 +79,10 @@ def schedule_tiles(
     for label, n in outputs.items():
         at = Phase.END if reduces_queries(n) else found[n]
         stores[Phase.END if at is Phase.HEAD else at].append((label, n))
+    block = tuple(n for n in tiles[Phase.BLOCK] if n not in sums)
     loops = (
         Loop(KEY_TILE, False, tiles[Phase.HEAD], (), ()),
-        Loop(QUERY_TILE, False, tuple(n for n in tiles[Phase.BLOCK] if n not in sums), sums, tuple(stores[Phase.BLOCK])),
+        Loop(QUERY_TILE, False, block, sums, tuple(stores[Phase.BLOCK])),
         Loop(KEY_TILE, False, tiles[Phase.END], (), tuple(stores[Phase.END])),
     )
     inputs = sorted({str(n.attr) for n in found if n.op == "input"})

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 
 from polyattn.codegen.cpu.target import CPU
-from polyattn.codegen.reference import REFERENCE
 from polyattn.codegen.phases import Choose
+from polyattn.codegen.reference import REFERENCE
 from polyattn.codegen.spec import KernelSpec
 from polyattn.codegen.tables import Scalars
 from polyattn.codegen.target import Fused, Target

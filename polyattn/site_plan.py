@@ -85,7 +85,7 @@ class SitePlan:
             padding: whether calls say which keys take part.
         """
         family = family_class(options.features).of(options)
-        mask = CAUSAL if causal else NONE if options.local_window is None else LOCAL_WINDOW
+        mask: Mask = CAUSAL if causal else NONE if options.local_window is None else LOCAL_WINDOW
         chunk = 0
         own = family.mask(mask)
         mask = mask if isinstance(own, str) else own

@@ -1,8 +1,8 @@
 """What is computed together by the CPU target of programs in tiles: stacked products, products that share an operand.
 
-A matrix product with a few columns more costs next to nothing, passes over memory do. So a sum of products over the same
-axes, x yᵀ + u wᵀ + z 1ᵀ, is one product [x, u, z] [y, w, 1]ᵀ, and products of one large operand that sum over the same
-axes are one product with their other operands side by side.
+A matrix product with a few columns more costs next to nothing, passes over memory do. So a sum of products over the
+same axes, x yᵀ + u wᵀ + z 1ᵀ, is one product [x, u, z] [y, w, 1]ᵀ, and products of one large operand that sum over the
+same axes are one product with their other operands side by side.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def units(roots: Mapping[str, Node]) -> list[Unit]:
             users[a].append(n)
     outputs = set(roots.values())
     inner = {n for n in nodes if len(users[n]) == 1 and n not in outputs}
-    stacked = {n: found for n in nodes if (found := _stacked(n, inner)) is not None}
+    stacked = {n: sum_of for n in nodes if (sum_of := _stacked(n, inner)) is not None}
     for n in nodes:  # exp(x) M = exp(x + log M)
         exponential = next((a for a in n.args if a.op == "map" and a.attr == "exp" and a in inner), None)
         mask = next((a for a in n.args if a.op == "mask" and a.attr == "far"), None)
@@ -117,7 +117,7 @@ def units(roots: Mapping[str, Node]) -> list[Unit]:
             if logits in inner and (with_mask := _hide(stacked[logits], mask)) is not None:
                 stacked[logits] = with_mask
     absorbed = {a for n in stacked for a in n.args if a in inner and a.op == "contract" and _is_absorbed(a, stacked[n])}
-    groups: dict[tuple[object, ...], list[tuple[Node, Node | None]]] = {}
+    groups: dict[tuple[Node, tuple[int, ...], tuple[int, ...]], list[tuple[Node, Node | None]]] = {}
     for n in nodes:
         if n in absorbed or n in stacked:
             continue
@@ -127,7 +127,6 @@ def units(roots: Mapping[str, Node]) -> list[Unit]:
     found: dict[Node, Unit] = {}
     for (operand, reduced, batch), members in groups.items():
         if len(members) > 1:
-            assert isinstance(operand, Node) and isinstance(reduced, tuple) and isinstance(batch, tuple)
             fused = Fused(operand, tuple(n for n, _ in members), tuple(p for _, p in members), reduced, batch)
             found.update((n, fused) for n in fused.nodes)
     for n in nodes:
@@ -196,8 +195,8 @@ def _group(n: Node) -> tuple[Node, tuple[int, ...], tuple[int, ...], Node | None
 
 
 def _usual_batch(operand: Node, reduced: tuple[int, ...], kept: tuple[int, ...]) -> tuple[int, ...]:
-    """The batch that products with this operand have, which a sum of it alone joins: the tile of what is summed over, and
-    for a sum over tiles the other tile."""
+    """The batch that products with this operand have, which a sum of it alone joins: the tile of what is summed over,
+    and for a sum over tiles the other tile."""
     kinds = {operand.axes[p] for p in reduced}
     tile = {
         frozenset({KEY_PLACE}): KEY_TILE,

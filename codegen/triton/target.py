@@ -47,6 +47,8 @@ class Emitted:
 def _written(spec: KernelSpec) -> Emitted | str:
     """The file of a specification: a kernel for each loop's states and outputs, and ``run``, which launches them; or
     why there is no code."""
+    if spec.tiled:
+        return "programs in tiles have no Triton code yet"
     for n in (n for loop in spec.loops for n in (*loop.tiles, *loop.accumulate)):
         own = next((kind for kind in n.axes if kind.feature), None)
         if own is not None:
@@ -192,6 +194,7 @@ class TritonTarget(Target):
         scalars: Scalars,
         basis: Basis,
         block: int,
+        choose: Choose | None = None,
         blocks: tuple[int, int, int] = (BLOCK_TOKENS, BLOCK_TOKENS, BLOCK_RANK),
     ) -> dict[str, torch.Tensor]:
         """See :meth:`Target.run`.

@@ -13,7 +13,6 @@ from polyattn.rewriter.families.registry import FAMILIES
 from polyattn.rewriter.masks.mask import CAUSAL
 from polyattn.rewriter.rules.rule import ApproximateRule, Rule
 
-GRADIENTS = ("consistent", "substituted", "projected")
 HEAD = """# Rules
 
 Every derivation is a list of these rules (`pipeline` of `passes/derive/derive.py`); each is a value with a formula, a
@@ -56,7 +55,7 @@ def flat(rules: Sequence[Rule]) -> Iterator[Rule]:
 def _pipelines(families: Sequence[ApproximateRule]) -> Iterator[tuple[str, tuple[Rule, ...]]]:
     form = softmax(CAUSAL)
     for rule in families:
-        for gradient in GRADIENTS:
+        for gradient in rule.gradients:
             yield f"{rule.title}, {gradient}", tuple(flat(pipeline(form, rule, gradient)))
     yield "exact", tuple(flat(exact_pipeline(form)))
 

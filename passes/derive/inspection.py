@@ -30,20 +30,25 @@ class Derivation:
     gradient: str
     shape: Mapping[str, int] | None = None
 
+    @property
+    def _gradients(self) -> tuple[str, ...]:
+        """The gradients that a log compares."""
+        return tuple(name for name in ("consistent", "substituted") if name in self.rule.gradients)
+
     def costs(self) -> dict[str, sympy.Expr]:
         """FLOPs per head of the plans, in n, d, e, r, r' and C; a backward is given all that the forward computed."""
         found = {}
         dense = exact_plan(self.form)
         found["exact forward"] = dense.cost(["O"])
         found["exact backward"] = dense.cost(_gradients(dense.outputs), walk([dense.outputs["O"]]))
-        for gradient in ("consistent", "substituted"):
+        for gradient in self._gradients:
             made = plan(derive(self.form, self.rule, gradient)[-1].program)
             found["low-rank forward"] = made.cost(["O"])
             found[f"{gradient} backward"] = made.cost(_gradients(made.outputs), walk([made.outputs["O"]]))
         return found
 
     def __str__(self) -> str:
-        others = {name: derive(self.form, self.rule, name)[-1].program for name in ("consistent", "substituted")}
+        others = {name: derive(self.form, self.rule, name)[-1].program for name in self._gradients}
         log = Log(self.form, self.rule, self.gradient)
         return log.write(self.steps, others, self.costs(), self.shape)
 

@@ -20,13 +20,15 @@ from polyattn.rewriter.algebra import expr as ir
 from polyattn.rewriter.algebra.expr import Expr, Factor, Term
 from polyattn.rewriter.algebra.programs import Program
 from polyattn.rewriter.algebra.tensor import Indicator, Kind, Leaf, Map, Poly, Tensor
-from polyattn.rewriter.notation import printer
+from polyattn.rewriter.notation import indices, printer
 from polyattn.rewriter.notation.recipe import Block, Recipe, recipe
 from polyattn.rewriter.notation.recipe import RecipeLine as Line
 from polyattn.rewriter.notation.symbols import LATEX
 from polyattn.rewriter.planning import cost
 from polyattn.rewriter.planning.cost import write, write_leading
 from polyattn.rewriter.planning.order import plan
+from polyattn.rewriter.planning.plan import Node, walk
+from polyattn.rewriter.planning.plan import cost as cost_of
 from polyattn.rewriter.rules.rule import ApproximateRule
 
 WIDTH = 118
@@ -64,8 +66,13 @@ class Log:
             lines += self._cost(step.program)
             before = after
         lines += ["", "the result", *_wrapped(before.values(), "     ")]
-        recipes = {name: recipe(program) for name, program in programs.items()}
-        lines += ["", *self._comparison(recipes), "", *self._totals(recipes, costs)]
+        if any(indices.in_tiles(program) for program in programs.values()):
+            for name, program in programs.items():
+                lines += ["", *self._definitions(name, program)]
+            lines += ["", *self._costs(costs)]
+        else:
+            recipes = {name: recipe(program) for name, program in programs.items()}
+            lines += ["", *self._comparison(recipes), "", *self._totals(recipes, costs)]
         if shape is not None:
             lines += ["", *self._numbers(costs, shape)]
         return "\n".join(line.rstrip() for line in lines)
@@ -75,8 +82,11 @@ class Log:
             f"derivation of {self.form.text}: {self.rule.title}, {self.gradient} gradient",
             "Per head: n tokens, queries and keys of width d, values of width e, cotangent G of O. "
             f"{self.rule.features_note}",
-            "A product a b binds before ∘ (elementwise) and ⊘ (row-wise Kronecker); parentheses are computed first; "
-            "1 is a column of ones; a hat marks one column more.",
+            "An index that is not on the left is summed over: a token of a query is place i of tile I, of a key place "
+            "j of tile J; a and b are columns of keys and of values."
+            if self.rule.keeps_names
+            else "A product a b binds before ∘ (elementwise) and ⊘ (row-wise Kronecker); parentheses are computed "
+            "first; 1 is a column of ones; a hat marks one column more.",
             "FLOPs are those of the program as it stands, in the best order that the planner finds for it.",
         ]
         return [line for part in text for line in textwrap.wrap(part, WIDTH, break_on_hyphens=False)]
@@ -131,6 +141,26 @@ class Log:
         wide = max(_width(row[0]) for row in rows)
         return [f"{_padded(left, wide)}   {right}".rstrip() for left, right in rows]
 
+    def _definitions(self, name: str, program: Program) -> list[str]:
+        """What every definition of a program in tiles costs, in the order in which they are computed."""
+        labels = [d.label for d in program.defs]
+        made = plan(Program(program.defs, {**{x: ir.of(program[x]) for x in labels}, **program.outputs}))
+        lines, known = [f"what each definition costs, {name} gradient, FLOPs"], list[Node]()
+        wide = max(map(len, made.outputs))
+        for label, n in made.outputs.items():
+            work = cost_of([n], made.near, known)
+            known += list(walk([n]))
+            if work != 0:
+                lines += _wrapped([f"{label.ljust(wide)}  {write(work)}"], "  ", " " * (wide + 6))
+        return lines
+
+    def _costs(self, costs: Mapping[str, sympy.Expr]) -> list[str]:
+        lines = ["totals, FLOPs per head; a backward is given all that the forward computed"]
+        wide = max(map(len, costs))
+        for name, value in costs.items():
+            lines += _wrapped([f"{name.ljust(wide)}  {write(value)}"], "  ", " " * (wide + 6))
+        return lines
+
     def _totals(self, recipes: Mapping[str, Recipe], costs: Mapping[str, sympy.Expr]) -> list[str]:
         lines = ["the largest state (a value without a token axis)"]
         for name, made in recipes.items():
@@ -142,6 +172,8 @@ class Log:
         for name, value in costs.items():
             lines.append(f"  {name.ljust(wide)}  {write_leading(value, self.rule.growth)}")
             lines += _wrapped(["= " + write(value)], " " * (wide + 4))
+        if any(f"{name} backward" not in costs for name in _RATIO):
+            return lines
         r = self.rule.rank
         heavy = [cost.leading(costs[f"{name} backward"].coeff(r) * r, self.rule.growth) for name in _RATIO]
         ratio = _quotient(sympy.cancel(heavy[0] / heavy[1]))

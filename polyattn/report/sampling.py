@@ -92,8 +92,7 @@ def sample(
     # Which rows were made exact, the call's own values and all of its rows decide.
     fitted, radius = (None, None) if fit is None else (fit.values, fit.radius)
     by_head = execute.grouped_keep(keep, k.shape[1])
-    denominators = execute.forward(*grouped, plan, fitted, radius, by_head).denominators
-    left = denominators[tuple(x.to(q.device) for x in place)].cpu() <= 0
+    left = execute.exact_rows(grouped, plan, fitted, radius, by_head)[tuple(x.to(q.device) for x in place)].cpu()
     approximate = torch.where(left[row], weights, _approximate(grouped, plan, fitted, place, row, key, by_head))
     return Samples(state, where, errors, left, row, key, drawn, weights, approximate)
 
@@ -143,7 +142,7 @@ def _approximate(
         heads: the key head of each row, among those of all batch elements, its group and its position, each [s].
         row, key: numbers of p rows, and positions of keys.
     """
-    (q, k, _), (key_heads, group, position) = grouped, heads
+    (q, k, v), (key_heads, group, position) = grouped, heads
     made = torch.zeros(len(row), dtype=torch.float64)
     step, used = max(1, ELEMENTS // (k.shape[1] * COLUMNS)), _distinct(key_heads)
     for first in range(0, len(used), step):
@@ -157,7 +156,7 @@ def _approximate(
                 part = keys[at : at + COLUMNS].to(k.device)
                 values[number, part, torch.arange(len(part), device=k.device)] = 1
             seen = None if keep is None else keep[mine]
-            result = execute.approximate(q[mine], k[mine], values, plan, theirs, seen).out
+            result = execute.for_values((q[mine], k[mine], v[mine]), values, plan, theirs, seen)
             for number, (c, keys) in enumerate(zip(some.tolist(), columns, strict=True)):
                 part = keys[at : at + COLUMNS]
                 pairs = ((key_heads[row] == c) & torch.isin(key, part)).nonzero().squeeze(1)

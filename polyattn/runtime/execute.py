@@ -118,6 +118,20 @@ def approximate(
     return Approximated(out, denominators, off, centred)
 
 
+def for_values(
+    tensors: Grouped,
+    values: torch.Tensor,
+    plan: SitePlan,
+    fitted: torch.Tensor | None = None,
+    keep: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What the low-rank form of grouped tensors makes of other values [heads, n_k, c]: it is linear in them."""
+    if plan.tiled:
+        assert fitted is not None, "a form in tiles has thresholds"
+        return tiled.for_values(tensors, values, plan, fitted[:, 0].to(values.dtype), keep)
+    return approximate(tensors[0], tensors[1], values, plan, fitted, keep).out
+
+
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -127,7 +141,7 @@ def forward(
     radius: torch.Tensor | None = None,
     keep: torch.Tensor | None = None,
 ) -> Forward:
-    """Low-rank attention of grouped tensors.
+    """Low-rank attention of grouped tensors by kernels of tokens in their order; see ``tiled`` for others.
 
     Args:
         radius: the largest norm of a centred query that the fit saw, [kv_heads]; None where that is not known.
@@ -149,6 +163,22 @@ def forward(
             out[h, g, rows] = exact.rows_forward(q[h, g, rows], k[h], v[h], rows, plan, mine)
         denominators = denominators.masked_fill(bad, -1.0)
     return Forward(out, denominators, count)
+
+
+def exact_rows(
+    tensors: Grouped,
+    plan: SitePlan,
+    fitted: torch.Tensor | None = None,
+    radius: torch.Tensor | None = None,
+    keep: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Which rows of a call are computed exactly, bool [heads, groups, n_q]; the arguments are those of a forward."""
+    if not plan.tiled:
+        return forward(*tensors, plan, fitted, radius, keep).denominators <= 0
+    assert fitted is not None, "a form in tiles has thresholds"
+    tau = fitted[:, 0].to(tensors[0].dtype).repeat(len(tensors[1]) // len(fitted))
+    made = tiled.forward(*tensors, plan, tau, keep)
+    return made.denominators.isneginf() | (made.tau == 0)[..., None]
 
 
 def backward(

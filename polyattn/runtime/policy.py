@@ -19,10 +19,10 @@ from polyattn.passes.derive.forms import Form, softmax
 from polyattn.passes.derive.kernels import exact_cost, kernels
 from polyattn.passes.match.site import Site
 from polyattn.rewriter.algebra.tensor import N_K
-from polyattn.rewriter.families.clustered.family import TYPICAL_SHARE
 from polyattn.rewriter.families.family import Fit
 from polyattn.rewriter.masks.mask import NEAR_TILES, NONE
 from polyattn.rewriter.rules.rule import ApproximateRule
+from polyattn.rewriter.tiles.family import TYPICAL_SHARE
 from polyattn.runtime import thresholds
 from polyattn.runtime.state import Audit, Decision, HeadState, SiteState, Verdict
 from polyattn.site_plan import SitePlan

@@ -15,8 +15,8 @@ from typing import TypeVar
 
 import torch
 
-from polyattn.rewriter.families.clustered.family import TAU
 from polyattn.rewriter.masks.mask import NONE
+from polyattn.rewriter.tiles.family import THRESHOLD
 from polyattn.runtime import exact, tiled
 from polyattn.runtime.exact import ExactSoftmax
 from polyattn.runtime.row_checks import mean_value
@@ -28,8 +28,8 @@ TILES, ROWS = 16, 16
 OVER = 0.01
 """The part of the rows that may err by more than the additive tolerance."""
 RELATIVE, GRADIENT = 0.8, 0.35
-"""Parts of the relative tolerance, and of that of gradients, which a head's relative error must keep: gradients err up to
-three times as much as outputs."""
+"""Parts of the relative tolerance, and of that of gradients, which a head's relative error must keep: gradients err up
+to three times as much as outputs."""
 ROOM = 0.6
 """A head whose errors are below this part of what it may has room for a higher threshold."""
 STEP, LOOSEN = 3.0, 1.25
@@ -171,7 +171,7 @@ class Found:
 def search(check: Check, tolerance: float) -> Found:
     """Thresholds of a first call: the largest that are found to hold, 0 where none is."""
     plan = check.plan
-    tau = check.means.new_full((check.heads,), TAU * tolerance)
+    tau = check.means.new_full((check.heads,), THRESHOLD * tolerance)
     low, high = torch.zeros_like(tau), torch.full_like(tau, torch.inf)
     best: Errors | None = None
     for _ in range(SEARCH):

@@ -1,15 +1,14 @@
-"""Clustered attention of a call's tensors: tokens into tiles, the emitted kernels, and tokens back in their order.
+"""Attention in tiles of a call's tensors: tokens into tiles, the emitted kernels, and tokens back in their order.
 
-Tensors are grouped by key head: queries [H, groups, n_q, d], keys [H, n_k, d], values [H, n_k, e]; queries of all groups
-share the tiles of their key head. Heads whose threshold is 0 are exact, by torch's kernel; so are heads with numbers that
-are not finite. What a forward hands to its backward beside the output are logarithms of the rows' sums (−inf for rows
-computed exactly, inf for rows that see no key) and the thresholds; tiles and near pairs are found again, from the same
-tensors.
+Tensors are grouped by key head: queries [H, groups, n_q, d], keys [H, n_k, d], values [H, n_k, e]; queries of all
+groups share the tiles of their key head. Heads whose threshold is 0 are exact, by torch's kernel; so are heads with
+numbers that are not finite. What a forward hands to its backward beside the output are logarithms of the rows' sums
+(−inf for rows computed exactly, inf for rows that see no key) and the thresholds; tiles and near pairs are found again,
+from the same tensors.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,11 +19,11 @@ from polyattn.codegen.spec import KernelSpec
 from polyattn.passes.derive.forms import softmax
 from polyattn.passes.derive.kernels import Kernels, kernels
 from polyattn.rewriter.algebra import monomials
-from polyattn.rewriter.families.clustered.family import Clustered
-from polyattn.rewriter.families.clustered.near import NearPairs
-from polyattn.rewriter.families.clustered.tiles import Shape, Tiles, features, tree
 from polyattn.rewriter.families.family import Fit
 from polyattn.rewriter.masks.mask import NEAR_TILES, NONE
+from polyattn.rewriter.tiles.family import TiledFamily
+from polyattn.rewriter.tiles.near import NearPairs
+from polyattn.rewriter.tiles.tree import Shape, Tiles, features, tree
 from polyattn.runtime import exact, row_checks
 from polyattn.runtime.exact import ExactSoftmax
 from polyattn.site_plan import SitePlan
@@ -38,9 +37,9 @@ NOTHING = -85.0
 """The logarithm of the factor of a place without a key, whose exponential is no number but 0 for all purposes."""
 
 
-def family_of(plan: SitePlan) -> Clustered:
+def family_of(plan: SitePlan) -> TiledFamily:
     """The family of a plan in tiles."""
-    assert isinstance(plan.family, Clustered)
+    assert isinstance(plan.family, TiledFamily)
     return plan.family
 
 
@@ -94,9 +93,7 @@ class Layout:
 
     def some(self, heads: torch.Tensor) -> Layout:
         """The layout of some of the heads."""
-        q, k = (
-            Tiles(tiles.index[heads], tiles.valid[heads], tiles.full) for tiles in (self.of_queries, self.of_keys)
-        )
+        q, k = (Tiles(tiles.index[heads], tiles.valid[heads], tiles.full) for tiles in (self.of_queries, self.of_keys))
         rest = (x[heads] for x in (self.q, self.k, self.v, self.share_q, self.share_k))
         return Layout(q, k, *rest)
 
@@ -127,10 +124,10 @@ class TiledForward:
     """The share of the pairs of tiles that were near, [H]."""
 
 
-def clustered(
+def approximate(
     tensors: Grouped, layout: Layout, plan: SitePlan, tau: torch.Tensor, near: torch.Tensor | None = None
 ) -> TiledForward:
-    """Clustered attention of grouped tensors in a layout, with thresholds [H].
+    """The form of a family in tiles in all heads of a layout, with thresholds [H].
 
     Args:
         near: [H, A, B] bool, which is filled with what is near; None: it is not kept.
@@ -174,7 +171,7 @@ def forward(
     keep: torch.Tensor | None = None,
     layout: Layout | None = None,
 ) -> Forward:
-    """Clustered attention where a head's threshold is positive, exact attention elsewhere.
+    """The form in tiles where a head's threshold is positive, exact attention elsewhere.
 
     Args:
         tau: the threshold of each head, [H].
@@ -196,7 +193,7 @@ def forward(
             layout = Layout.of(some, plan, kept)
         elif not everything:
             layout = layout.some(low)
-        made = clustered(some, layout, plan, tau[low])
+        made = approximate(some, layout, plan, tau[low])
         bad = ~torch.isfinite(made.lse) | row_checks.outputs(some[2], made.out, kept)
         whole = bad.flatten(1).to(torch.float32).mean(1) > LOST
         out[low], lse[low], share[low] = made.out, made.lse, made.share.to(q.dtype)
@@ -327,6 +324,22 @@ def _add_exact_rows(
         result["dV"][h] += dv
 
 
-def with_values(layout: Layout, v: torch.Tensor) -> Layout:
-    """The layout with other values [H, n_k, e] in its tiles."""
-    return dataclasses.replace(layout, v=layout.of_keys.gather(v))
+def for_values(
+    tensors: Grouped, values: torch.Tensor, plan: SitePlan, tau: torch.Tensor, keep: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What the forward of a call makes of other values [H, n_k, c] with its own tiles and near pairs: it is linear in
+    them, [H, groups, n_q, c]."""
+    q, k, v = tensors
+    out = q.new_empty(*q.shape[:3], values.shape[-1])
+    low, high = (tau > 0).nonzero().squeeze(1), (tau == 0).nonzero().squeeze(1)
+    if len(low):
+        kept = None if keep is None else keep[low]
+        layout = Layout.of((q[low], k[low], v[low]), plan, kept)
+        choice = layout.choice(plan, tau[low].to(q.dtype))
+        both = layout.of_keys.gather(torch.cat([v[low], values[low]], 2))
+        made = run(layout.kernels(plan).forward, {**layout.inputs(), "V": both}, plan, choice)["O"]
+        found = layout.of_queries.scatter(made[..., v.shape[-1] :].contiguous(), q.shape[1] * q.shape[2])
+        out[low] = found.view(len(low), *q.shape[1:3], -1)
+    if len(high):
+        out[high] = _exact_heads((q, k, values), high, plan, keep)[0]
+    return out

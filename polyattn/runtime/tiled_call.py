@@ -1,7 +1,7 @@
-"""A clustered call of a site: tiles, thresholds checked before the output is made, exact attention where it is cheaper.
+"""A call of a site in tiles: tiles, thresholds checked before the output is made, exact attention where it is cheaper.
 
-There is no verdict for a layer: every head has a threshold of its own, and a head whose near pairs would take longer than
-exact attention is exact. A site becomes exact where all of its heads are, or where they are together no faster.
+There is no verdict for a layer: every head has a threshold of its own, and a head whose near pairs would take longer
+than exact attention is exact. A site becomes exact where all of its heads are, or where they are together no faster.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import logging
 import torch
 
 from polyattn.options import Options
-from polyattn.rewriter.families.clustered.family import TAU
 from polyattn.rewriter.families.family import Fit
+from polyattn.rewriter.tiles.family import THRESHOLD
 from polyattn.runtime import execute, policy, registry, thresholds, tiled
 from polyattn.runtime.policy import AuditErrors
 from polyattn.runtime.registry import CallRecord, Entry
 from polyattn.runtime.state import HeadState
 from polyattn.runtime.thresholds import Check, Found
-from polyattn.runtime.tiled import Forward, Grouped, Layout
+from polyattn.runtime.tiled import Forward, Layout
 from polyattn.site_plan import SitePlan
 
 log = logging.getLogger("polyattn")
@@ -29,7 +29,7 @@ Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 def attempt(
     entry: Entry, record: CallRecord, tensors: Tensors, options: Options, keep: torch.Tensor | None = None
 ) -> tuple[Forward | None, SitePlan, Fit | None]:
-    """The clustered forward of a call, its plan and its thresholds; None where the site becomes exact.
+    """The forward of a call in tiles, its plan and its thresholds; None where the site becomes exact.
 
     Args:
         keep: which keys take part, bool [batch, n_k]; None: all.
@@ -42,7 +42,7 @@ def attempt(
         return tiled.forward(*grouped, plan, tau.repeat(batch), by_head), plan, record.fit
     known = entry.state.fit
     if options.audit_rows == 0:
-        tau = grouped[0].new_full((heads,), TAU * options.tolerance) if known is None else known.values[:, 0]
+        tau = grouped[0].new_full((heads,), THRESHOLD * options.tolerance) if known is None else known.values[:, 0]
         made = tiled.forward(*grouped, plan, tau.repeat(batch), by_head)
         _record(entry, record, made, None, tau, heads)
         return made, plan, _kept(entry, record, tau, tau, None)
@@ -78,9 +78,7 @@ def _thresholds(entry: Entry, record: CallRecord, check: Check) -> Found:
     return thresholds.again(check, known.values[:, 0].to(check.means))
 
 
-def _kept(
-    entry: Entry, record: CallRecord, tau: torch.Tensor, following: torch.Tensor, found: Found | None
-) -> Fit:
+def _kept(entry: Entry, record: CallRecord, tau: torch.Tensor, following: torch.Tensor, found: Found | None) -> Fit:
     """The thresholds of the call, for its recomputation; those of the next call are kept in the state."""
     registry.update(
         entry, functools.partial(policy.thresholds_kept, fit=Fit(following[:, None].clone(), call=record.number))

@@ -42,6 +42,21 @@ class FamilyOptions(Protocol):
         ...
 
     @property
+    def local_window(self) -> int | None:
+        """See :attr:`polyattn.Options.local_window`."""
+        ...
+
+    @property
+    def outlier_keys(self) -> int:
+        """See :attr:`polyattn.Options.outlier_keys`."""
+        ...
+
+    @property
+    def exact_keys(self) -> tuple[int, ...]:
+        """See :attr:`polyattn.Options.exact_keys`."""
+        ...
+
+    @property
     def tolerance(self) -> float:
         """See :attr:`polyattn.Options.tolerance`."""
         ...

@@ -134,8 +134,7 @@ class LocalWindow(Mask):
 
 
 class NearTiles(Mask):
-    """Every query sees every key; tokens lie in tiles of similar ones, and each call finds which pairs of tiles are near
-    (math.md §8)."""
+    """Every query sees every key; each call finds which pairs of its tiles of similar tokens are near (math.md §8)."""
 
     name, title, prefix = "near tiles", "with exact pairs of tiles", "tiled_"
     remark = ", near pairs of tiles apart"
@@ -144,4 +143,5 @@ class NearTiles(Mask):
 
 
 NONE, CAUSAL, LOCAL_WINDOW, NEAR_TILES = NoMask(), Causal(), LocalWindow(), NearTiles()
-MASKS: tuple[Mask, ...] = (NONE, CAUSAL, LOCAL_WINDOW, NEAR_TILES)
+MASKS: tuple[Mask, ...] = (NONE, CAUSAL, LOCAL_WINDOW)
+"""Those whose near pairs are known by position; ``NEAR_TILES`` is for families that find theirs."""

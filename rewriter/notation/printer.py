@@ -30,6 +30,7 @@ from polyattn.rewriter.algebra.tensor import (
     Tensor,
     Weights,
 )
+from polyattn.rewriter.notation import indices
 from polyattn.rewriter.notation.assemble import Piece, assemble
 from polyattn.rewriter.notation.atoms import Apply, Columns, Features, Selection, Stacked, WeightColumn
 from polyattn.rewriter.notation.matrix import AllOnes, Matrix, Named, Ratio, Sum
@@ -73,8 +74,18 @@ def latex(x: Program | Expr) -> str:
 
 
 def lines(program: Program) -> tuple[Line, ...]:
-    """The formulas of a program in order, what they use before them; then the meaning of p, w and C."""
-    return Notation(program).lines()
+    """The formulas of a program in order, what they use before them; then the meaning of p, w and C.
+
+    Programs in tiles are written in index notation.
+    """
+    if not indices.in_tiles(program):
+        return Notation(program).lines()
+
+    def line(label: str, x: Expr) -> Line:
+        name = symbol(label)
+        return Line(name, Named(name), label, lambda style: indices.write(label, x, style))
+
+    return tuple(line(label, x) for label, x in program.expressions())
 
 
 def _written(x: Program | Expr, style: Style) -> str:

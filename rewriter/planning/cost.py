@@ -117,12 +117,21 @@ def _product(number: sympy.Expr, rest: sympy.Expr, style: Style) -> str:
     first, last = [N, CHUNK, R, R1], [_WIDE, E, D, E1, D1]
     ranks = sorted((s for s in powers if s not in first and s not in last), key=str)
     names = [s for s in (*first, *ranks, *last[:3]) if s in powers] + sorted(powers.keys() & {D1, E1}, key=str)
-    parts = [style.power("(e+1)" if s == _WIDE else style.name(symbol(str(s))), int(powers[s])) for s in names]
-    head = [str(number)] if number != 1 or not parts else []
-    return (r" \, " if style is LATEX else " ").join(head + parts)
+    space = r" \, " if style is LATEX else " "
+
+    def product(sign: int) -> list[str]:
+        held = [(s, sign * int(powers[s])) for s in names if sign * powers[s] > 0]
+        return [style.power("(e+1)" if s == _WIDE else style.name(symbol(str(s))), p) for s, p in held]
+
+    above, below = product(1), product(-1)
+    head = [str(number)] if number != 1 or not above else []
+    text = space.join(head + above)
+    if not below:
+        return text
+    return f"{text} / {below[0] if len(below) == 1 else f'({space.join(below)})'}"
 
 
-def sizes(shape: Mapping[str, int], ranks: Mapping[sympy.Symbol, int]) -> dict[sympy.Symbol, int]:
+def sizes(shape: Mapping[str, int], ranks: Mapping[sympy.Symbol, int | float]) -> dict[sympy.Symbol, int | float]:
     """Numbers for the symbols: ``n_q``, ``n_k`` (or ``n``), ``d``, ``e``; for a site with chunks ``chunk``.
 
     Args:
@@ -130,7 +139,7 @@ def sizes(shape: Mapping[str, int], ranks: Mapping[sympy.Symbol, int]) -> dict[s
     """
     n_q = shape.get("n_q", shape.get("n", 0))
     d = shape["d"]
-    found = {
+    found: dict[sympy.Symbol, int | float] = {
         N_Q: n_q,
         N_K: shape.get("n_k", n_q),
         N: n_q,

@@ -20,7 +20,6 @@ from polyattn.rewriter.algebra.programs import Program, prune
 from polyattn.rewriter.algebra.verify import output_axes
 from polyattn.rewriter.rules.rule import Rule
 
-
 ONE = sympy.Integer(1)
 
 
@@ -132,7 +131,8 @@ class _Reverse:
                 coefficient = term.coefficient
                 if isinstance(factor.tensor, Map):
                     if whole is not None and len(x.terms) == 1 and not term.bound(x.out):
-                        coefficient, value = ONE, (Factor(whole, x.indices),)
+                        coefficient = ONE
+                        value: tuple[Factor, ...] = (Factor(whole, x.indices),)
                     else:
                         value = term.factors
                     inverse = factor.tensor.function == "reciprocal"
@@ -157,7 +157,6 @@ def _inner(tensor: Tensor) -> str | None:
     """The name of the definition or input that a factor is, or is a function of; None for others."""
     inner = tensor.argument if isinstance(tensor, Map) else tensor
     return inner.label if isinstance(inner, (Def, Leaf)) else None
-
 
 
 ADJOINT = Adjoint()

@@ -92,6 +92,11 @@ class ApproximateRule(Rule):
         """A sentence on the features, for the head of a log."""
 
     @property
+    def gradients(self) -> tuple[str, ...]:
+        """The gradients that there is a derivation of: ``consistent``, ``substituted``, ``projected``."""
+        return "consistent", "substituted", "projected"
+
+    @property
     def keeps_names(self) -> bool:
         """Whether what the rule names is to stay named: gradients are then derived definition by definition, and
         operands are stacked where code is emitted."""
@@ -133,7 +138,7 @@ class ApproximateRule(Rule):
         """Degrees in d of the sizes in a cost, by which its leading terms are told: of ranks and of chunks."""
 
     @abc.abstractmethod
-    def ranks(self, shape: Mapping[str, int]) -> dict[sympy.Symbol, int]:
+    def ranks(self, shape: Mapping[str, int]) -> dict[sympy.Symbol, int | float]:
         """Numbers for the rule's sizes, the rank first, for a shape with ``d`` and, where it matters, ``rank``."""
 
     @abc.abstractmethod

@@ -15,6 +15,7 @@ from polyattn.codegen import targets
 from polyattn.codegen.cpu.fused import FLASH
 from polyattn.codegen.cpu.target import CPU
 from polyattn.codegen.evaluate import Evaluation
+from polyattn.codegen.phases import Choose
 from polyattn.codegen.reference import REFERENCE, ReferenceTarget
 from polyattn.codegen.schedule import schedule
 from polyattn.codegen.spec import KernelSpec
@@ -122,7 +123,13 @@ class Fragile(ReferenceTarget):
         self.calls = 0
 
     def run(
-        self, spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scalars: Scalars, basis: Basis, block: int
+        self,
+        spec: KernelSpec,
+        inputs: Mapping[str, torch.Tensor],
+        scalars: Scalars,
+        basis: Basis,
+        block: int,
+        choose: Choose | None = None,
     ) -> dict[str, torch.Tensor]:
         """Fails."""
         self.calls += 1

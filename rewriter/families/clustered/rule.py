@@ -7,8 +7,8 @@ pair a query of I sees one key, of the logit and the mass that its keys have tog
     exp(S[I,i,J,j]) → exp(X[I,i,J]) exp(Y[I,J,j]),   Y = s μ_I·(k_Jj − k̄_J),   X = s q_Ii·c_IJ − s μ_I·(c_IJ − k̄_J)
 
 That is the expansion of order 0. Order 1 adds the first order in δ, with the moments inside pairs pooled over the far
-pairs of a query's tile, so that no pair has a moment [d, e] of its own; order 2 the variance of the logits inside pairs,
-pooled likewise. Everything is written in the algebra: gradients, costs and code follow from it.
+pairs of a query's tile, so that no pair has a moment [d, e] of its own; order 2 the variance of the logits inside
+pairs, pooled likewise. Everything is written in the algebra: gradients, costs and code follow from it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SHARE_K = Leaf("W_K", (KEY_TILE, KEY_PLACE))
 LOG_B = Leaf("LOG_B", (KEY_TILE, KEY_PLACE))
 """Logarithms of the keys' factors B."""
 TOP = Leaf("TOP", (QUERY_TILE,))
-"""Logarithm of the sum of the exponentials of a tile's mean query, which the shares of its far pairs are measured from."""
+"""Logarithm of the sum of the exponentials of a tile's mean query, from which the shares of far pairs are measured."""
 FLOOR = Leaf("FLOOR", (QUERY_TILE,))
 """The least number of the dtype, so that a tile without far pairs has shares of 0."""
 _I, _J = Index(QUERY_TILE), Index(KEY_TILE)
@@ -62,14 +62,8 @@ class ClusteredRule(ApproximateRule):
 
     formula = "exp(S[I,i,J,j]) → exp(X[I,i,J]) exp(Y[I,J,j]) + …"
     source = "math.md §8, the polynomial method made local"
-    domain = "pairs of tiles in which s δ·(k − c) is small: those that a call does not find to be near"
-
-    @property
-    def bound(self) -> str:
-        """See :attr:`ApproximateRule.bound`."""
-        left = {0: "|x| e^|x|", 1: "x² e^|x| / 2", 2: "|x|³ e^|x| / 6"}[self.order]
-        pooled = "" if self.order == 0 else ", beside what pairs differ from the pooled moments"
-        return f"{left} of an entry's far part, x = s δ·(k − c){pooled}; it is audited"
+    domain = "pairs of tiles in which x = s δ·(k − c) is small: those that a call does not find to be near"
+    bound = "|x|ᵖ⁺¹ e^|x| / (p + 1)! of a far entry for order p, beside how pairs differ from the pooled moments"
 
     @property
     def title(self) -> str:
@@ -85,9 +79,9 @@ class ClusteredRule(ApproximateRule):
     def features_note(self) -> str:
         """See :attr:`ApproximateRule.features_note`."""
         return (
-            "Tiles of T_q queries and T_k keys; ν is the share of the pairs of tiles that are near. MU are mean queries "
-            "of tiles, KBAR mean keys, C the keys that the mean query of a tile sees in place of a tile of keys, DP "
-            "their masses; SHIFT, TOP, W_Q and W_K are constants."
+            "Tiles of T_q queries and T_k keys; ν is the share of the pairs of tiles that are near. MU are mean "
+            "queries of tiles, KBAR mean keys, C the keys that the mean query of a tile sees in place of a tile of "
+            "keys, DP their masses; SHIFT, TOP, W_Q and W_K are constants."
         )
 
     @property
@@ -99,6 +93,12 @@ class ClusteredRule(ApproximateRule):
     def inputs(self) -> tuple[Leaf, ...]:
         """Constants: a row's shift, a query's share of its tile's mean, a tile's share of its keys, a tile's top."""
         return (SHIFT, SHARE_Q, SHARE_K, LOG_B, *((TOP, FLOOR) if self.order else ()))
+
+    @property
+    def gradients(self) -> tuple[str, ...]:
+        """See :attr:`ApproximateRule.gradients`: the exact autograd graph would need a moment [d, e] of every pair of
+        tiles; the consistent gradient needs none, and errs as little on trained heads."""
+        return ("consistent",)
 
     @property
     def keeps_names(self) -> bool:
@@ -125,9 +125,9 @@ class ClusteredRule(ApproximateRule):
         """Tiles and shares have sizes of their own, which do not grow with d."""
         return {T_Q: 0, T_K: 0, NEAR_SHARE: 0}
 
-    def ranks(self, shape: Mapping[str, int]) -> dict[sympy.Symbol, int]:
+    def ranks(self, shape: Mapping[str, int]) -> dict[sympy.Symbol, int | float]:
         """See :meth:`ApproximateRule.ranks`."""
-        return {T_K: shape.get("tile_k", 64), T_Q: shape.get("tile_q", 64)}
+        return {T_K: shape.get("tile_k", 64), T_Q: shape.get("tile_q", 64), NEAR_SHARE: 0.125}
 
     def then(self, gradient: str) -> tuple[Rule, ...]:
         """Nothing is left to be brought into features."""
@@ -136,7 +136,7 @@ class ClusteredRule(ApproximateRule):
     def check(self, program: Program) -> str | None:
         """Refuses a score that is not s Q Kᵀ − SHIFT over tiles."""
         for _, x in program.expressions():
-            for factor in (f for term in x.terms if not is_near(term) for f in term.factors):
+            for factor in (f for t in x.terms if not is_near(t) for f in t.factors):
                 if _is_exponential(factor.tensor):
                     found = _sides(factor.tensor.argument)
                     if isinstance(found, str):

@@ -71,7 +71,7 @@ class PolynomialRule(ApproximateRule):
         """r and chunks grow like d^g, r′ like d^(g−1)."""
         return {R: self.degree, CHUNK: self.degree, R1: self.degree - 1}
 
-    def ranks(self, shape: Mapping[str, int]) -> dict[sympy.Symbol, int]:
+    def ranks(self, shape: Mapping[str, int]) -> dict[sympy.Symbol, int | float]:
         """See :meth:`ApproximateRule.ranks`."""
         d = shape["d"]
         return {R: rank(full(d, self.degree)), R1: rank(full(d, self.degree - 1))}

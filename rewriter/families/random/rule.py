@@ -75,7 +75,7 @@ class RandomRule(ApproximateRule):
         """Features, which have no degree, and chunks count like d²."""
         return {M: 2, CHUNK: 2}
 
-    def ranks(self, shape: Mapping[str, int]) -> dict[sympy.Symbol, int]:
+    def ranks(self, shape: Mapping[str, int]) -> dict[sympy.Symbol, int | float]:
         """See :meth:`ApproximateRule.ranks`."""
         return {M: shape.get("rank", 256)}
 

@@ -3,13 +3,14 @@
 It stays outside of the algebra because it is a decision: a constant of the differentiation, and no derivative, cost or
 kernel follows from it but through the mask that it makes.
 
-With share_IJ the part of J in what the mean query of I sees, c̃ = c_IJ − Σ_J share c_IJ, ō_I the output of the mean query,
-Σ_I the covariance of the tile's queries, C_J and var_J of keys and values of a tile of keys, a pair is near where
+With share_IJ the part of J in what the mean query of I sees, c̃ = c_IJ − Σ_J share c_IJ, ō_I the output of the mean
+query, Σ_I the covariance of the tile's queries, C_J and var_J of keys and values of a tile of keys, a pair is near
+where
 
     min(1, share exp(½ s² c̃ᵀ Σ_I c̃)) · min(25, s² tr Σ_I C_J)^½ · (‖v_IJ − ō_I‖² + var_J)^½ / unit  >  τ
 
-what the share can become for queries away from the mean, how far logits vary inside the pair, and how far its values are
-from the output, in units of the values' spread or, where that is less, of ``RATIO`` times the spread of outputs.
+what the share can become for queries away from the mean, how far logits vary inside the pair, and how far its values
+are from the output, in units of the values' spread or, where that is less, of ``RATIO`` times the spread of outputs.
 """
 
 from __future__ import annotations
@@ -64,15 +65,12 @@ class NearPairs:
         mu, mean, mass, away = values["MU"], values["KBAR"], values["DP"], values["CK"]
         q, w = self.q[head, tiles], self.share_q[head, tiles]
         delta = q - mu[:, None]
-        if self.sigma is None:
-            sigma = self.scale**2 * ((delta * w[..., None]).mT @ delta)  # of logits, [I, d, d]
-        else:
-            sigma = self.sigma[head, tiles]
+        sigma = self._covariances(delta, w) if self.sigma is None else self.sigma[head, tiles]
         log_mass = mass.log() + self.scale * (mu @ mean.mT)
         top = log_mass.logsumexp(1)
         log_share = log_mass - top[:, None]
         share = log_share.exp()[:, None]  # [I, 1, J]
-        key, value = mean + away, values["NP"] / mass[..., None]
+        key, value = mean + away, values["NP"][..., : self.v.shape[-1]] / mass[..., None]
         mean_key, out = share @ key, share @ value  # [I, 1, d], [I, 1, e]
         turned = key @ sigma
         square = (turned * key).sum(2)
@@ -95,6 +93,10 @@ class NearPairs:
         if self.shifts is not None:
             self.shifts[head, tiles] = made["SHIFT"]
         return made
+
+    def _covariances(self, delta: Tensor, w: Tensor) -> Tensor:
+        """Covariances of the logits of tiles of queries, [I, d, d]."""
+        return self.scale**2 * ((delta * w[..., None]).mT @ delta)
 
     def _begin(self, head: int) -> None:
         """What does not depend on the tile of queries."""

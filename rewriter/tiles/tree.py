@@ -120,7 +120,8 @@ def leading(x: Tensor) -> Tensor:
         return x
     power = x.mT @ x
     directions = torch.linalg.eigh(power)[1][..., -LEADING:]
-    return x @ directions
+    made: Tensor = x @ directions
+    return made
 
 
 def covariance_mean(x: Tensor, valid: Tensor | None) -> Tensor:
