@@ -85,6 +85,8 @@ def _state_lines(state: SiteState, tolerance: float, label: str) -> list[str]:
         worst = f" (worst {audit.worst_error:.2e})" if state.counters.audits > 1 else ""
         relative = f", relative {audit.relative_error:.2e}" if audit.relative_error is not None else ""
         lines.append(f"    error of the last audit {audit.error:.2e}{worst} of {tolerance:g} allowed{relative}")
+    if state.low_rank and state.heads:
+        lines += _wrapped(_heads(state), 4)
     if state.low_rank and state.fit is not None and state.fit.error:
         lines.append(f"    {_fit(state.fit, state.counters)}")
     lines.append(f"    guarantee: {_guarantee(state)}")
@@ -101,6 +103,21 @@ def _method(state: SiteState) -> str:
     parts += [f"local window (keys up to {plan.chunk} tokens away exact)"] if plan.mask == LOCAL_WINDOW else []
     parts += [f"{outlier_keys_of(state)} outlier keys exact"] if plan.outliers else []
     return ", ".join(parts)
+
+
+def _heads(state: SiteState) -> str:
+    """What the key heads of the last call have exactly, and how far they are off."""
+    low = [head for head in state.heads if head.threshold]
+    whole = len(state.heads) - len(low)
+    text = f"{len(low)} of {len(state.heads)} key heads in tiles"
+    if low:
+        shares = [head.share for head in low]
+        text += f"; exact pairs {sum(shares) / len(shares):.3f} of all ({min(shares):.3f} to {max(shares):.3f})"
+        errors = [head.error for head in low if head.error is not None]
+        if errors:
+            text += f"; errors of heads {min(errors):.1e} to {max(errors):.1e}"
+    text += f"; {whole} exact" if whole else ""
+    return text + (f"; {state.counters.exact_rows} rows exact so far" if state.counters.exact_rows else "")
 
 
 def _fit(fit: Fit, counters: Counters) -> str:

@@ -18,7 +18,7 @@ from polyattn.options import Options
 from polyattn.passes.derive.forms import Form, softmax
 from polyattn.passes.derive.kernels import exact_cost, kernels
 from polyattn.passes.match.site import Site
-from polyattn.rewriter.algebra.tensor import N_K
+from polyattn.rewriter.algebra.tensor import N_K, NEAR_SHARE
 from polyattn.rewriter.families.family import Fit
 from polyattn.rewriter.masks.mask import NEAR_TILES, NONE
 from polyattn.rewriter.rules.rule import ApproximateRule
@@ -192,8 +192,14 @@ def thresholds_kept(state: SiteState, fit: Fit) -> SiteState:
 
 
 def heads_seen(state: SiteState, heads: tuple[HeadState, ...]) -> SiteState:
-    """The state with what a call has found of its heads."""
-    return dataclasses.replace(state, heads=heads)
+    """The state with what a call has found of its heads; a layer costs the sum of its heads."""
+    decision = state.decision
+    values = decision.plan.sizes(decision.shape)
+    before, after = _symbolic(decision.plan)
+    exact = float(before.subs(values))
+    each = [float(after.subs(values | {NEAR_SHARE: head.share})) if head.threshold else exact for head in heads]
+    flops = int(sum(each) * decision.shape["batch"])
+    return dataclasses.replace(state, heads=heads, decision=dataclasses.replace(decision, flops_after=flops))
 
 
 def served(exact_rows: int, rows: int, errors: AuditErrors | None, options: Options) -> bool:

@@ -42,6 +42,11 @@ class FamilyOptions(Protocol):
         ...
 
     @property
+    def gradient(self) -> str:
+        """See :attr:`polyattn.Options.gradient`."""
+        ...
+
+    @property
     def local_window(self) -> int | None:
         """See :attr:`polyattn.Options.local_window`."""
         ...

@@ -110,7 +110,8 @@ def features(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> tu
     if valid is not None:
         of_k, of_v = (x.masked_fill(~valid[..., None], 0) for x in (of_k, of_v))
     power_k, power_v = (x.square().sum((1, 2), keepdim=True) for x in (of_k, of_v))
-    weight = VALUE_WEIGHT * (power_k / power_v.clamp_min(torch.finfo(v.dtype).tiny)).sqrt()
+    some = power_v > torch.finfo(v.dtype).tiny
+    weight = VALUE_WEIGHT * torch.where(some, power_k / torch.where(some, power_v, 1), 0).sqrt()
     return leading(of_q), leading(torch.cat([of_k, weight * of_v], -1))
 
 
@@ -163,8 +164,8 @@ def tree(x: Tensor, shape: Shape, valid: Tensor | None = None) -> Tiles:
     if seen is None:
         return Tiles(index, torch.ones_like(index, dtype=torch.bool), True)
     held = seen.reshape(h, shape.tiles, shape.width)
-    first = index.flatten(1)[:, :1, None]  # the first place of all is empty only where no token takes part
-    return Tiles(torch.where(held, index, first), held, False)
+    some = torch.zeros_like(index[:, 0, 0]) if valid is None else valid.to(torch.uint8).argmax(1)
+    return Tiles(torch.where(held, index, some[:, None, None]), held, False)
 
 
 def _halves(x: Tensor) -> Tensor:

@@ -34,6 +34,8 @@ class Clustered(TiledFamily):
         whole = isinstance(width, int) and not isinstance(width, bool)
         if width is not None and not (whole and LEAST <= width <= MOST):
             yield "rank", width, f"an integer from {LEAST} to {MOST}, the tokens of a tile, or None"
+        if options.gradient == "substituted":
+            yield "gradient", options.gradient, "'consistent' or 'auto': the other would need a moment of every pair"
         if options.local_window is not None:
             yield "local_window", options.local_window, "left out: near pairs are found wherever they are"
         if options.outlier_keys or options.exact_keys:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from polyattn.rewriter.masks.mask import CAUSAL, LOCAL_WINDOW, MASKS, NONE, Causal, Mask, Sums
+from polyattn.rewriter.masks.mask import CAUSAL, LOCAL_WINDOW, MASKS, NEAR_TILES, NONE, Causal, Mask, Sums
 from polyattn.rewriter.masks.pairs import Pairs
 
 N_Q, N_K, CHUNK = 11, 13, 4
@@ -73,5 +73,5 @@ def test_masks_are_keys_of_caches() -> None:
     assert Causal() == CAUSAL
     assert hash(Causal()) == hash(CAUSAL)
     assert len(set(MASKS)) == 3
-    assert {mask.sums for mask in MASKS} == set(Sums)
+    assert {mask.sums for mask in (*MASKS, NEAR_TILES)} == set(Sums)
     assert repr(CAUSAL) == "Causal()"

@@ -1,0 +1,370 @@
+"""Clustered attention at run time: outputs and gradients within their tolerances, head by head, or exact."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from sites import only_state
+
+import polyattn
+from polyattn.errors import OptionValueError
+from polyattn.options import Options
+from polyattn.runtime import execute, policy, registry, thresholds, tiled
+from polyattn.runtime.tiled import Layout
+from polyattn.site_plan import SitePlan
+
+LOW: dict[str, Any] = {"features": "clustered", "policy": "low_rank"}
+
+
+def operands(
+    heads: int = 2, kv_heads: int = 2, n_q: int = 512, n_k: int = 512, d: int = 8, e: int = 6, batch: int = 1,
+    spread: float = 0.25, dtype: torch.dtype = torch.float64,
+) -> list[torch.Tensor]:  # fmt: skip
+    """Tokens of sixteen sorts, as trained heads have them: keys of a sort have similar values; logits are sharp."""
+    generator = torch.Generator().manual_seed(heads + n_q + 3 * n_k)
+
+    def rand(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    centres = 1.5 * rand(batch, kv_heads, 16, d)
+    values = rand(batch, kv_heads, 16, e)
+    of_q = torch.randint(16, (batch, heads, n_q), generator=generator)
+    of_k = torch.randint(16, (batch, kv_heads, n_k), generator=generator)
+    wide = centres.repeat_interleave(heads // kv_heads, 1)
+    q = wide.gather(2, of_q[..., None].expand(-1, -1, -1, d)) + spread * rand(batch, heads, n_q, d)
+    k = centres.gather(2, of_k[..., None].expand(-1, -1, -1, d)) + spread * rand(batch, kv_heads, n_k, d)
+    v = values.gather(2, of_k[..., None].expand(-1, -1, -1, e)) + spread * rand(batch, kv_heads, n_k, e)
+    return [x.to(dtype).requires_grad_() for x in (q, k, v)]
+
+
+def exact(inputs: list[torch.Tensor], keep: torch.Tensor | None = None, scale: float | None = None) -> torch.Tensor:
+    q, k, v = inputs
+    groups = q.shape[1] // k.shape[1]
+    mask = None if keep is None else keep[:, None, None]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return out if keep is None else out.masked_fill(~keep.any(1)[:, None, None, None], 0)
+
+
+def relative(x: torch.Tensor, y: torch.Tensor) -> float:
+    return float((x - y).detach().norm() / y.detach().norm().clamp_min(1e-30))
+
+
+def run(inputs: list[torch.Tensor], **options: Any) -> torch.Tensor:
+    """The first call of a site."""
+    registry.reset()
+    return call(inputs, **options)
+
+
+def call(inputs: list[torch.Tensor], **options: Any) -> torch.Tensor:
+    keywords = {name: options.pop(name) for name in ("key_mask", "scale", "causal") if name in options}
+    return polyattn.attention(*inputs, options={**LOW, **options}, **keywords)
+
+
+SHAPES: dict[str, dict[str, int]] = {
+    "plain": {},
+    "grouped queries": {"heads": 4, "kv_heads": 2},
+    "cross attention": {"n_q": 300, "n_k": 777},
+    "batch": {"batch": 3, "n_q": 256, "n_k": 256},
+    "wide values": {"e": 17},
+    "odd": {"n_q": 509, "n_k": 391, "d": 5, "e": 1},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_outputs_and_gradients_are_close(shape: str) -> None:
+    inputs = operands(**SHAPES[shape])
+    out, wanted = run(inputs), exact(inputs)
+    state = only_state()
+    assert relative(out, wanted) < 0.05
+    assert all(head.error is not None and head.error <= 2e-2 for head in state.now.heads)
+    assert state.now.guarantee == "audited"
+    g = torch.tanh(out.detach() @ torch.randn(out.shape[-1], out.shape[-1], dtype=torch.float64))
+    for x, y in zip(*(torch.autograd.grad(o, inputs, g) for o in (out, wanted)), strict=True):
+        assert relative(x, y) < 0.1
+
+
+def test_fewer_pairs_are_exact_than_all() -> None:
+    inputs = operands(n_q=2048, n_k=2048)
+    run(inputs)
+    shares = [head.share for head in only_state().now.heads]
+    assert max(shares) < 0.3
+
+
+def test_a_small_tolerance_is_exact_attention() -> None:
+    inputs = operands()
+    out, wanted = run(inputs, tolerance=1e-12), exact(inputs)
+    torch.testing.assert_close(out, wanted, rtol=0, atol=1e-9)
+    g = torch.randn_like(out)
+    for x, y in zip(*(torch.autograd.grad(o, inputs, g) for o in (out, wanted)), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-8)
+
+
+PADDINGS = {
+    "right": torch.arange(512) < torch.tensor([[300], [512]]),
+    "left": torch.arange(512) >= torch.tensor([[120], [3]]),
+    "holes": torch.rand(2, 512, generator=torch.Generator().manual_seed(5)) < 0.7,
+    "an element without keys": torch.arange(512) < torch.tensor([[0], [400]]),
+    "one key": torch.arange(512) < torch.tensor([[1], [512]]),
+}
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_key_padding(padding: str) -> None:
+    inputs, keep = operands(batch=2), PADDINGS[padding]
+    out, wanted = run(inputs, key_mask=keep), exact(inputs, keep)
+    assert relative(out, wanted) < 0.05
+    g = torch.tanh(wanted.detach())
+    found = torch.autograd.grad(out, inputs, g)
+    expected = torch.autograd.grad(wanted, inputs, g)
+    for x, y in zip(found, expected, strict=True):
+        assert relative(x, torch.nan_to_num(y)) < 0.1
+    hidden = ~keep[:, None, :, None]
+    assert not bool(found[1].masked_select(hidden).any())
+    wild = [inputs[0], inputs[1].detach().masked_fill(hidden, 1e4), inputs[2].detach().masked_fill(hidden, -1e4)]
+    torch.testing.assert_close(run(wild, key_mask=keep), out.detach(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes(dtype: torch.dtype) -> None:
+    inputs = operands(dtype=dtype)
+    out = run(inputs)
+    assert out.dtype == dtype
+    assert relative(out.double(), exact([x.double() for x in inputs])) < 0.05
+    assert all(x.dtype == dtype for x in torch.autograd.grad(out.sum(), inputs))
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_numbers_that_are_not_finite_go_where_exact_attention_sends_them(which: int, wrong: float) -> None:
+    inputs = [x.detach() for x in operands(dtype=torch.float32)]
+    inputs[which][0, 0, 5, 2] = wrong
+    out, wanted = run(inputs), exact(inputs)
+    torch.testing.assert_close(out[:, 0], wanted[:, 0], equal_nan=True)
+    assert relative(out[:, 1], wanted[:, 1]) < 0.05
+    assert [head.share == 1 for head in only_state().now.heads] == [True, False]
+
+
+@pytest.mark.parametrize("case", ["equal tokens", "huge logits", "zero values", "one key dominates"])
+def test_degenerate_heads(case: str) -> None:
+    q, k, v = (x.detach() for x in operands(dtype=torch.float32))
+    if case == "equal tokens":
+        q, k = q[:, :, :1].expand_as(q).contiguous(), k[:, :, :1].expand_as(k).contiguous()
+    elif case == "huge logits":
+        q = q * 300
+    elif case == "zero values":
+        v = torch.zeros_like(v)
+    else:
+        k[:, :, 7] *= 40
+    out, wanted = run([q, k, v]), exact([q, k, v])
+    assert bool(torch.isfinite(out).all())
+    unit = (v - v.mean(2, keepdim=True)).norm(dim=-1).amax().clamp_min(1e-6)
+    assert float(((out - wanted).norm(dim=-1) / unit).flatten().quantile(0.98)) < 2.5e-2
+
+
+def test_calls_repeat_and_leave_generators_alone() -> None:
+    inputs = operands()
+    before = torch.get_rng_state()
+    first, second = run(inputs), run(inputs)
+    assert torch.equal(first, second)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_scale_of_its_own() -> None:
+    inputs = operands(spread=0.1)
+    for scale in (0.05, 1.0, -0.3):
+        assert relative(run(inputs, scale=scale), exact(inputs, scale=scale)) < 0.05
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_every_order(order: int) -> None:
+    inputs = operands()
+    assert relative(run(inputs, degree=order), exact(inputs)) < 0.05
+
+
+def test_a_width_of_its_own() -> None:
+    inputs = operands()
+    assert relative(run(inputs, rank=32), exact(inputs)) < 0.05
+    plan = only_state().plan
+    assert plan.family.tile_width(512) == 32
+
+
+# -- thresholds ------------------------------------------------------------------------------------------------------
+
+
+def plan_of(**options: Any) -> SitePlan:
+    return SitePlan.of(Options.make({**LOW, **options}), False, 8**-0.5, 8, "cpu")
+
+
+def test_a_check_predicts_the_errors_of_the_call() -> None:
+    inputs = [x.detach() for x in operands(n_q=2048, n_k=2048)]
+    plan, grouped = plan_of(), execute.grouped(*inputs)
+    layout = Layout.of(grouped, plan, None)
+    check = thresholds.Check(grouped, layout, plan, 2, None, torch.Generator().manual_seed(0))
+    wanted = exact(inputs)[0]
+    for tau in (3e-3, 3e-2, 0.3):
+        errors = check.errors(torch.full((2,), tau, dtype=torch.float64))
+        made = tiled.approximate(grouped, layout, plan, torch.full((2,), tau, dtype=torch.float64))
+        difference = made.out[:, 0] - wanted
+        true = difference.flatten(1).norm(dim=1) / (wanted - inputs[2][0].mean(1, keepdim=True)).flatten(1).norm(dim=1)
+        assert torch.allclose(errors.relative, true, rtol=0.5, atol=1e-4)
+        assert torch.allclose(errors.share, made.share.double(), atol=0.1)
+
+
+def test_a_threshold_that_does_not_hold_is_lowered_until_it_does() -> None:
+    inputs = operands()
+    run(inputs, tolerance=1e-3)
+    entry = registry.entries()[-1]
+    entry.state = policy.thresholds_kept(entry.state, policy.Fit(torch.full((2, 1), 50.0, dtype=torch.float64), call=1))
+    out = call(inputs, tolerance=1e-3)
+    assert all(head.error <= 1e-3 for head in entry.state.heads if head.error is not None)
+    assert relative(out, exact(inputs)) < 0.01
+
+
+def test_a_threshold_with_room_is_raised_for_the_next_call() -> None:
+    inputs = operands()
+    run(inputs)
+    entry = registry.entries()[-1]
+    low = torch.full((2, 1), 1e-4, dtype=torch.float64)
+    entry.state = policy.thresholds_kept(entry.state, policy.Fit(low, call=1))
+    call(inputs)
+    assert entry.state.fit is not None
+    assert bool((entry.state.fit.values > low).all())
+
+
+def test_heads_are_judged_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head without structure is exact, the others are not: there is no verdict for a layer."""
+    monkeypatch.setattr(thresholds, "FAR_COST", 1.0)  # as if tiles paid at this length
+    inputs = [x.detach() for x in operands(heads=4, kv_heads=4, n_q=1024, n_k=1024)]
+    generator = torch.Generator().manual_seed(0)
+    for x in inputs:
+        x[:, 1] = 2 * torch.randn(x[:, 1].shape, generator=generator)
+    out = run(inputs, policy="auto")
+    heads = only_state().now.heads
+    assert [head.threshold == 0 for head in heads] == [False, True, False, False]
+    torch.testing.assert_close(out[:, 1], exact(inputs)[:, 1])
+    assert relative(out, exact(inputs)) < 0.05
+
+
+def test_a_site_of_heads_without_structure_becomes_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(thresholds, "FAR_COST", 1.0)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [2 * torch.randn(1, 2, 1024, 8, generator=generator) for _ in range(3)]
+    out = run(inputs, policy="auto")
+    torch.testing.assert_close(out, exact(inputs))
+    state = only_state()
+    assert state.now.verdict == "exact"
+    assert "2 of 2 heads have too many near pairs" in state.now.decision.reason
+
+
+def test_short_calls_are_exact_at_once() -> None:
+    inputs = operands()
+    out = run(inputs, policy="auto")
+    torch.testing.assert_close(out, exact(inputs))
+    assert "times as long as exact attention at this length" in only_state().now.decision.reason
+
+
+def test_without_audits() -> None:
+    inputs = operands()
+    assert relative(run(inputs, audit_rows=0), exact(inputs)) < 0.1
+    assert only_state().now.guarantee == "none"
+
+
+# -- where it is used ------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_repeats_its_call() -> None:
+    inputs = operands()
+    options = {**LOW, "seed": 3}
+
+    def f(*tensors: torch.Tensor) -> torch.Tensor:
+        return polyattn.attention(*tensors, options=options)
+
+    registry.reset()
+    plain = torch.autograd.grad(f(*inputs).square().sum(), inputs)
+    registry.reset()
+    out = torch.utils.checkpoint.checkpoint(f, *inputs, use_reentrant=False)
+    again = torch.autograd.grad(out.square().sum(), inputs)
+    for x, y in zip(plain, again, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+    assert only_state().now.counters.calls == 1
+
+
+class Model(torch.nn.Module):
+    """One layer of attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = torch.nn.Linear(16, 48)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[batch, n, 16] → the same."""
+        q, k, v = self.mix(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def test_in_a_compiled_model_with_its_report() -> None:
+    torch.manual_seed(0)
+    model, x = Model(), torch.randn(2, 400, 16)
+    torch._dynamo.reset()
+    polyattn.reset()
+    compiled = torch.compile(model, backend="polyattn", options={**LOW, "inner": "eager"})
+    out, wanted = compiled(x), model(x)
+    assert relative(out, wanted) < 0.05
+    out.square().sum().backward()
+    (site,) = polyattn.reports()[-1].sites
+    assert (site.verdict, site.features) == ("low_rank", "clustered")
+    assert len(site.states[0].heads) == 2
+    assert site.flops_after is not None
+    assert "exact pairs" in str(polyattn.reports()[-1])
+
+
+def test_explain_draws_and_derives() -> None:
+    torch.manual_seed(0)
+    report = polyattn.explain(Model(), torch.randn(1, 300, 16), options=LOW)
+    (site,) = report.sites
+    assert site.samples
+    assert "KP[I,J,a] = Σ_j" in str(site.derivation)
+    assert "near.nonzero" in site.kernels["forward.cpu"]
+    assert site.kernels["forward.triton"].startswith("# no code for this target")
+
+
+def test_weights_of_a_call_are_those_of_a_softmax() -> None:
+    inputs = [x.detach() for x in operands(n_q=256, n_k=256)]
+    plan, grouped = plan_of(), execute.grouped(*inputs)
+    tau = torch.full((2, 1), 0.1, dtype=torch.float64)
+    ones = torch.ones(2, 256, 1, dtype=torch.float64)
+    torch.testing.assert_close(execute.for_values(grouped, ones, plan, tau), torch.ones(2, 1, 256, 1).double())
+    made = tiled.forward(*grouped, plan, tau[:, 0])
+    kept = ~execute.exact_rows(grouped, plan, tau)
+    assert float(kept.double().mean()) > 0.9
+    torch.testing.assert_close(execute.for_values(grouped, grouped[2], plan, tau)[kept], made.out[kept])
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"degree": 3}, "0, 1 or 2"),
+        ({"rank": 4}, "from 8 to 1024"),
+        ({"polynomial": "minimax"}, "has none"),
+        ({"local_window": 64}, "near pairs are found"),
+        ({"outlier_keys": 4}, "near where it matters"),
+        ({"exact_keys": (0,)}, "near where it matters"),
+        ({"gradient": "substituted"}, "consistent"),
+    ],
+)
+def test_options_that_do_not_apply(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(OptionValueError, match=match):
+        Options.make({**LOW, **options})
+
+
+def test_under_a_causal_mask_it_is_exact_and_says_so() -> None:
+    inputs = operands()
+    out = run(inputs, causal=True)
+    q, k, v = inputs
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(out, wanted)
+    assert only_state().now.decision.reason == "clustered attention has no form under a causal mask yet"
