@@ -18,8 +18,8 @@ from polyattn.passes.derive.derive import AppliedRule
 from polyattn.passes.derive.forms import Form
 from polyattn.rewriter.algebra import expr as ir
 from polyattn.rewriter.algebra.expr import Expr, Factor, Term
-from polyattn.rewriter.algebra.programs import Program
-from polyattn.rewriter.algebra.tensor import Indicator, Kind, Leaf, Map, Poly, Tensor
+from polyattn.rewriter.algebra.programs import Program, is_pair
+from polyattn.rewriter.algebra.tensor import NEAR_SHARE, Indicator, Kind, Leaf, Map, Poly, Tensor
 from polyattn.rewriter.notation import indices, printer
 from polyattn.rewriter.notation.recipe import Block, Recipe, recipe
 from polyattn.rewriter.notation.recipe import RecipeLine as Line
@@ -100,6 +100,9 @@ class Log:
             _no_lone_token(program)
             made = plan(program)
             total, square = made.cost(), made.token_degree() == 2
+            if indices.in_tiles(program):
+                square = _far_pairs(program)
+                total = sympy.expand(total.subs(NEAR_SHARE, 1)) if square else total
         except RewriteError as error:
             reason = str(error)
             try:
@@ -225,6 +228,16 @@ def _no_lone_token(program: Program) -> None:
         held = {index for f in term.factors if f not in masks for index in f.indices}
         if any(index not in held for mask in masks for index in mask.indices):
             raise RewriteError("a token occurs under M_far alone")
+
+
+def _far_pairs(program: Program) -> bool:
+    """Whether a program in tiles still has pairs of tokens that are not near."""
+    terms = (term for _, x in program.expressions() for term in x.terms)
+    return any(
+        any(isinstance(f.tensor, Indicator) and f.tensor.which == "far" for f in term.factors)
+        and any(is_pair(f.tensor) for f in term.factors)
+        for term in terms
+    )
 
 
 def _dense(program: Program) -> Program:

@@ -122,8 +122,8 @@ class ClusteredRule(ApproximateRule):
 
     @property
     def growth(self) -> Mapping[sympy.Symbol, int]:
-        """Tiles and shares have sizes of their own, which do not grow with d."""
-        return {T_Q: 0, T_K: 0, NEAR_SHARE: 0}
+        """Tiles count like d, shares do not grow with it."""
+        return {T_Q: 1, T_K: 1, NEAR_SHARE: 0}
 
     def ranks(self, shape: Mapping[str, int]) -> dict[sympy.Symbol, int | float]:
         """See :meth:`ApproximateRule.ranks`."""
