@@ -42,19 +42,22 @@ class Options:
     policy: Policy = "auto"
     """``auto``: low rank where it is cheaper and an audit holds; ``low_rank``: always; ``exact``: only fuse."""
     features: Features = "auto"
-    """Family of feature maps in place of exp. ``polynomial``: monomials of queries and keys, for small logits;
-    ``skeleton``: exponentials of landmarks that are fitted to a head at its first call and kept (math.md §2);
-    ``random``: positive random features (FAVOR+), drawn for each head at its first call; ``auto`` means
-    ``polynomial``."""
+    """What stands in place of exp. ``clustered``: tiles of similar tokens at every call, near pairs of tiles exact, the
+    others expanded (math.md §8): for the heads of trained models, nothing is fitted; ``polynomial``: monomials of
+    queries and keys, for small logits; ``skeleton``: exponentials of landmarks that are fitted to a head at its first
+    call and kept (math.md §2); ``random``: positive random features (FAVOR+), drawn for each head at its first call;
+    ``auto``: a polynomial while its audits hold, then (``policy="auto"``) ``clustered`` where that is faster than exact
+    attention."""
     degree: int | None = None
-    """Degree of the polynomial in place of exp, 1 to 4; None means 2."""
+    """Degree of the polynomial in place of exp, 1 to 4; None means 2. ``clustered``: order of the expansion, 0 to 2;
+    None means 1."""
     polynomial: Polynomial = "taylor"
     """Coefficients of the polynomial. ``taylor``: of exp around 0; ``minimax``: of least relative error up to the
     largest logit that a head shows at its first call, 4 at most; ``least_squares``: fitted to the softmax rows of a
     head at its first call and kept (math.md §4)."""
     rank: int | None = None
     """Features of a query or key, at most. Skeleton features: the number of landmarks, 8 to 2048; None means 512.
-    Random features: 8 to 4096; None means 256.
+    Random features: 8 to 4096; None means 256. ``clustered``: tokens of a tile, 8 to 1024; None: near the root of n.
     Polynomials: monomials of the higher degrees are taken in the leading directions of a head only, in coordinates that
     are fitted at its first call (nested form, math.md §3); None: all monomials, C(d + degree, degree)."""
     centring: bool = True
@@ -105,7 +108,7 @@ class Options:
     """Seed of polyattn's own random choices (audit rows); torch's generators are never touched."""
 
     def __post_init__(self) -> None:
-        from polyattn.rewriter.families.registry import family_class
+        from polyattn.rewriter.families.registry import families
 
         kinds = (
             ("policy", Policy),
@@ -121,7 +124,7 @@ class Options:
         for name in ("tolerance", "relative_tolerance", "gradient_tolerance"):
             value = getattr(self, name)
             _check(name, isinstance(value, (int, float)) and value > 0, value, "a positive number")
-        for name, value, domain in family_class(self.features).problems(self):
+        for name, value, domain in families(self)[0].problems(self):
             _check(name, False, value, domain)
         for name in ("value_directions", "key_directions"):
             count = getattr(self, name)

@@ -21,7 +21,7 @@ from polyattn.passes.derive.forms import Form, softmax
 from polyattn.passes.derive.kernels import Kernels, kernels
 from polyattn.rewriter.algebra.tensor import CHUNK, D1, E1, N_K, N_Q, D, E
 from polyattn.rewriter.families.family import FeatureFamily, Fit
-from polyattn.rewriter.families.registry import family_class
+from polyattn.rewriter.families.registry import families
 from polyattn.rewriter.masks.mask import CAUSAL, LOCAL_WINDOW, NEAR_TILES, NONE, Mask
 
 Centring = Literal["none", "call", "first_chunk"]
@@ -78,13 +78,23 @@ class SitePlan:
     """Whether a call says which keys take part (key padding), for each batch element; others have the factor 0."""
 
     @classmethod
-    def of(cls, options: Options, causal: bool, scale: float, d: int, device: str, padding: bool = False) -> SitePlan:
+    def of(
+        cls,
+        options: Options,
+        causal: bool,
+        scale: float,
+        d: int,
+        device: str,
+        padding: bool = False,
+        choice: int = 0,
+    ) -> SitePlan:
         """The plan of a site with queries of width ``d`` on a device (its type, such as ``cpu``).
 
         Args:
             padding: whether calls say which keys take part.
+            choice: which of the families that the options ask for, in the order in which they are tried.
         """
-        family = family_class(options.features).of(options)
+        family = families(options)[choice].of(options)
         mask: Mask = CAUSAL if causal else NONE if options.local_window is None else LOCAL_WINDOW
         chunk = 0
         own = family.mask(mask)
@@ -109,6 +119,14 @@ class SitePlan:
             ProjectionRanks(options.value_directions or 0, options.key_directions or 0),
             padding,
         )
+
+    @classmethod
+    def all_of(
+        cls, options: Options, causal: bool, scale: float, d: int, device: str, padding: bool = False
+    ) -> tuple[SitePlan, ...]:
+        """The plans that a site tries in turn; the arguments are those of :meth:`of`."""
+        choices = range(len(families(options)))
+        return tuple(cls.of(options, causal, scale, d, device, padding, choice) for choice in choices)
 
     @property
     def key_bias(self) -> bool:

@@ -27,9 +27,10 @@ def attempt(
     Args:
         keep: which keys take part, bool [batch, n_k]; None: all.
     """
-    if entry.state.decision.plan.tiled:
-        return tiled_call.attempt(entry, record, tensors, options, keep)
-    plain, grouped = entry.state.decision.plan, execute.grouped(*tensors)
+    plain = record.plan or entry.state.decision.plan
+    if plain.tiled:
+        return tiled_call.attempt(entry, record, plain, tensors, options, keep)
+    grouped = execute.grouped(*tensors)
     by_head = execute.grouped_keep(keep, tensors[1].shape[1])
     fit = fits.kept(entry, record, tensors, plain, options, keep) if plain.family.fitted else None
     made, plan = _forward(grouped, plain, fit, by_head)
@@ -44,6 +45,8 @@ def attempt(
         helped = policy.served(made.exact_rows, made.denominators.numel(), errors, options)
         registry.update(entry, functools.partial(policy.refitted, helped=helped))
     if errors is not None and not audit.judge(entry, record, errors, options):
+        if entry.state.low_rank:  # another form
+            return attempt(entry, record, tensors, options, keep)
         return None, plan, fit
     if record.number is not None and made.exact_rows:
         rows = made.exact_rows

@@ -75,11 +75,11 @@ class Masks(NamedTuple):
         gone = lost if bool(lost.any()) else None
         return cls(given, executed.mask, keep if executed.padding else None, gone, other)
 
-    def decide(self, shape: Mapping[str, int], plan: SitePlan, options: Options) -> SiteState:
-        """The state of a site under these masks before its first call."""
+    def decide(self, shape: Mapping[str, int], plans: tuple[SitePlan, ...], options: Options) -> SiteState:
+        """The state of a site under these masks before its first call; ``plans`` are its forms in order."""
         if self.other:
-            return policy.other_mask(shape, plan, options)
-        return policy.decide(shape, plan, options)
+            return policy.other_mask(shape, plans[0], options)
+        return policy.decide(shape, plans[0], options, plans[1:])
 
     def hidden(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the backward needs to know: tensors of the shapes of :func:`nothing_hidden`."""

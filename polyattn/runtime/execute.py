@@ -70,8 +70,9 @@ def bound(plan: SitePlan, fitted: torch.Tensor | None, like: torch.Tensor) -> Bo
         fitted: ``Fit.values``, or None where nothing is fitted.
         like: keys, [batch · kv_heads, n_k, d].
     """
-    packed = None if fitted is None else fitted.to(like.dtype).repeat(len(like) // fitted.shape[0], 1, 1)
-    return plan.family.bind(packed, like.shape[-1])
+    if fitted is None or not plan.family.fitted:
+        return plan.family.bind(None, like.shape[-1])
+    return plan.family.bind(fitted.to(like.dtype).repeat(len(like) // fitted.shape[0], 1, 1), like.shape[-1])
 
 
 @dataclass(frozen=True)

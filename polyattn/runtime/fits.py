@@ -9,7 +9,7 @@ import torch
 
 from polyattn.options import Options
 from polyattn.rewriter.families.family import Fit, Sample
-from polyattn.rewriter.families.registry import family_class
+from polyattn.rewriter.families.registry import families
 from polyattn.runtime import policy, registry
 from polyattn.runtime.centring import centre
 from polyattn.runtime.execute import accumulator, grouped, grouped_keep
@@ -97,8 +97,8 @@ def nothing(k: torch.Tensor, options: Options) -> torch.Tensor:
 
 def packed_shape(k: torch.Tensor, options: Options) -> tuple[int, ...]:
     """The shape of what is fitted to the heads of keys [batch, kv_heads, n, d]; (0,) where nothing is."""
-    family = family_class(options.features).of(options)
-    if options.policy == "exact" or not family.fitted:
+    family = next((made for f in families(options) if (made := f.of(options)).fitted), None)
+    if options.policy == "exact" or family is None:
         return (0,)
     shape = family.packed_shape(k.shape[1], k.shape[-1])
     return (k.shape[0] * shape[0], *shape[1:]) if family.by_element else shape

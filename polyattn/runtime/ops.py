@@ -85,13 +85,13 @@ def _may_be_low_rank(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: str, causal: bool, scale: float
 ) -> bool:
     """Whether a call with masks can be low rank, if they show that it may."""
-    plan = _site_plan(options, causal, scale, q.shape[-1], q.device.type, True)
-    return not policy.why_exact(tuple(_shape(q, k, v).items()), plan, options)
+    plans = _site_plans(options, causal, scale, q.shape[-1], q.device.type, True)
+    return not policy.why_exact(tuple(_shape(q, k, v).items()), plans, options)
 
 
 @functools.lru_cache(maxsize=1024)
-def _site_plan(options: str, causal: bool, scale: float, d: int, device: str, padding: bool) -> SitePlan:
-    return SitePlan.of(_options(options), causal, scale, d, device, padding)
+def _site_plans(options: str, causal: bool, scale: float, d: int, device: str, padding: bool) -> tuple[SitePlan, ...]:
+    return SitePlan.all_of(_options(options), causal, scale, d, device, padding)
 
 
 @torch.library.custom_op(
@@ -120,18 +120,19 @@ def _attention(
     useful = bool(masks) and _may_be_low_rank(q, k, v, options, causal, scale)
     call = Masks.of(masks, changes, CAUSAL if causal else NONE, q, k, useful)
     padding = call.keep is not None
-    plain = _site_plan(options, call.mask.is_causal, scale, q.shape[-1], q.device.type, padding)
+    plans = _site_plans(options, call.mask.is_causal, scale, q.shape[-1], q.device.type, padding)
+    plain = plans[0]
     pointers = tuple(owner.data_ptr() for owner in owners)
     seen = policy.OTHER if call.other else plain.seen
     key = registry.Key(site, pointers, options, seen, scale, q.shape[-1], v.shape[-1])
     shape = _shape(q, k, v)
-    entry = registry.find(key, lambda: call.decide(shape, plain, opts))
+    entry = registry.find(key, lambda: call.decide(shape, plans, opts))
     record = registry.enter(entry, opts, q, k, v)
     with torch.autocast(q.device.type, enabled=False):
         made, fit, plan = None, None, plain
         if record.low_rank:
             made, plan, fit = attempt(entry, record, (q, k, v), opts, call.keep)
-        registry.leave(entry, record, made is not None, fit, q, k, v)
+        registry.leave(entry, record, None if made is None else plan, fit, q, k, v)
         # operators may not return what they keep
         fitted = fits.nothing(k, opts) if fit is None or made is None else made.packed(fit)
         executed: SitePlan | ExactPlan | None = plan

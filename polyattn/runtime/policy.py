@@ -65,14 +65,28 @@ def _symbolic(plan: SitePlan) -> tuple[sympy.Expr, sympy.Expr]:
     return symbolic_costs(plan.form, plan.family.rule, plan.gradient, plan.projection.values > 0)
 
 
-def decide(shape: Mapping[str, int], plan: SitePlan, options: Options) -> SiteState:
-    """The state of a site before its first call, by policy and cost; the audit comes after the first forward."""
+def decide(shape: Mapping[str, int], plan: SitePlan, options: Options, others: tuple[SitePlan, ...] = ()) -> SiteState:
+    """The state of a site before its first call, by policy and cost; the audit comes after the first forward.
+
+    Args:
+        others: forms that are tried where this one costs too much.
+    """
+    plans = (plan, *others)
+    states = [_decide(shape, each, options) for each in plans]
+    at = next((at for at, state in enumerate(states) if state.low_rank), 0)
+    left = plans[at + 1 :] if options.policy == "auto" else ()
+    decision = dataclasses.replace(states[at].decision, others=left)
+    return dataclasses.replace(states[at], decision=decision)
+
+
+def _decide(shape: Mapping[str, int], plan: SitePlan, options: Options) -> SiteState:
+    """The state of a site with one form."""
     verdict: Verdict = "low_rank"
     if plan.unsupported:
         whole = exact_cost(softmax(plan.mask)) * plan.mask.share
         before = int(whole.subs(plan.sizes(shape))) * shape["batch"] * shape["kv_heads"]
         reason = "policy='exact'" if options.policy == "exact" else plan.unsupported
-        decision = Decision("exact", reason, plan, dict(shape), before, before, whole, whole, plan.seen)
+        decision = Decision("exact", reason, plan, dict(shape), before, before, whole, whole, seen=plan.seen)
         return SiteState(decision, guarantee="exact")
     before, after = costs(shape, plan)
     symbolic = _symbolic(plan)
@@ -88,13 +102,27 @@ def decide(shape: Mapping[str, int], plan: SitePlan, options: Options) -> SiteSt
         verdict, reason = "exact", f"tiles would take {seconds:.2f} times as long as exact attention at this length"
     else:
         reason = f"low rank costs {after / before:.2f} times exact attention"
-    decision = Decision(verdict, reason, plan, dict(shape), before, after, *symbolic, plan.seen)
+    decision = Decision(verdict, reason, plan, dict(shape), before, after, *symbolic, seen=plan.seen)
     state = SiteState(decision)
     return state if verdict == "low_rank" else become_exact(state, reason)
 
 
 OTHER = "neither causal nor key padding"
 """What is said of other masks."""
+
+
+def next_form(state: SiteState, options: Options, reason: str) -> SiteState:
+    """The state after a form was given up: with the next one that may be low rank, else exact."""
+    decision = state.decision
+    tried = (*decision.tried, f"{decision.plan.family.describe(state.fit)}: {reason}")
+    for at, plan in enumerate(decision.others):
+        made = _decide(decision.shape, plan, options)
+        if made.low_rank:
+            said = "; ".join([made.decision.reason, *tried])
+            left = decision.others[at + 1 :]
+            found = dataclasses.replace(made.decision, others=left, tried=tried, reason=said, seen=decision.seen)
+            return dataclasses.replace(state, decision=found, fit=None, heads=())
+    return become_exact(state, "; ".join([reason, *decision.tried]))
 
 
 def other_mask(shape: Mapping[str, int], plan: SitePlan, options: Options) -> SiteState:
@@ -106,13 +134,13 @@ def other_mask(shape: Mapping[str, int], plan: SitePlan, options: Options) -> Si
 
 
 @functools.lru_cache(maxsize=4096)
-def why_exact(sizes: tuple[tuple[str, int], ...], plan: SitePlan, options: str) -> str:
+def why_exact(sizes: tuple[tuple[str, int], ...], plans: tuple[SitePlan, ...], options: str) -> str:
     """Why a site of these sizes is exact whatever its mask shows; empty where it may be low rank.
 
     Args:
         options: ``Options.key``.
     """
-    state = decide(dict(sizes), plan, Options.from_key(options))
+    state = decide(dict(sizes), plans[0], Options.from_key(options), plans[1:])
     return "" if state.low_rank else state.decision.reason
 
 
@@ -123,8 +151,8 @@ def why_site_is_exact(site: Site, options: Options) -> str:
     sizes = {name: size for name, size in site.shape.items() if isinstance(size, int)}
     if len(sizes) < len(site.shape):
         return ""
-    plan = SitePlan.of(options, site.causal, 1.0, sizes["d"], site.q.value.device.type, padding=True)
-    return why_exact(tuple(sizes.items()), plan, options.key())
+    plans = SitePlan.all_of(options, site.causal, 1.0, sizes["d"], site.q.value.device.type, padding=True)
+    return why_exact(tuple(sizes.items()), plans, options.key())
 
 
 def become_exact(state: SiteState, reason: str) -> SiteState:

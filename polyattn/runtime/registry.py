@@ -21,6 +21,7 @@ from polyattn.rewriter.families.family import Fit
 from polyattn.runtime import policy
 from polyattn.runtime.replay import Calls, inside_backward
 from polyattn.runtime.state import SiteState
+from polyattn.site_plan import SitePlan
 
 
 class Key(NamedTuple):
@@ -67,6 +68,8 @@ class CallRecord:
     audit: bool = False
     fit: Fit | None = None
     """For a recomputation, the fit that its first run took."""
+    plan: SitePlan | None = None
+    """For a recomputation, the plan that its first run took."""
 
 
 @dataclass(eq=False)
@@ -130,16 +133,20 @@ def enter(entry: Entry, options: Options, *tensors: torch.Tensor) -> CallRecord:
                 return CallRecord(None, False)  # it never was low rank
             again = entry.recent.find(*tensors)
             if again is not None:
-                return CallRecord(None, again.low_rank, fit=again.fit)
+                return CallRecord(None, again.low_rank, fit=again.fit, plan=again.plan)
         entry.state, audited = policy.count(entry.state, options)
         return CallRecord(entry.state.counters.calls, entry.state.low_rank, audited)
 
 
-def leave(entry: Entry, record: CallRecord, low_rank: bool, fit: Fit | None, *tensors: torch.Tensor) -> None:
-    """Remember which plan a call took, for its recomputation; sites that were never low rank need no memory."""
+def leave(entry: Entry, record: CallRecord, plan: SitePlan | None, fit: Fit | None, *tensors: torch.Tensor) -> None:
+    """Remember which plan a call took, for its recomputation; sites that were never low rank need no memory.
+
+    Args:
+        plan: None for an exact call.
+    """
     with _lock:
-        if record.number is not None and (low_rank or len(entry.recent)):
-            entry.recent.add(low_rank, fit, *tensors)
+        if record.number is not None and (plan is not None or len(entry.recent)):
+            entry.recent.add(plan is not None, fit, *tensors, plan=plan)
 
 
 def forget(site: str, owners: tuple[int, ...]) -> SiteState | None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from polyattn.rewriter.families.family import Fit
+from polyattn.site_plan import SitePlan
 
 KEPT = 256
 """Calls of a site that are remembered: a recomputation further back than that counts as a call of its own."""
@@ -60,6 +61,7 @@ class Call:
     sample: torch.Tensor
     low_rank: bool
     fit: Fit | None = None
+    plan: SitePlan | None = None
     runs: int = 0
 
 
@@ -72,9 +74,9 @@ class Calls:
     def __len__(self) -> int:
         return len(self._calls)
 
-    def add(self, low_rank: bool, fit: Fit | None, *tensors: torch.Tensor) -> None:
-        """Remember a call and the plan that it took."""
-        self._calls.append(Call(tuple(x.shape for x in tensors), fingerprint(*tensors), low_rank, fit))
+    def add(self, low_rank: bool, fit: Fit | None, *tensors: torch.Tensor, plan: SitePlan | None = None) -> None:
+        """Remember a call and the plan that it took; None: the one that its site had, or exact."""
+        self._calls.append(Call(tuple(x.shape for x in tensors), fingerprint(*tensors), low_rank, fit, plan))
 
     def find(self, *tensors: torch.Tensor) -> Call | None:
         """The call that these tensors repeat; None when no remembered call had them.

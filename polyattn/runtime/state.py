@@ -32,6 +32,10 @@ class Decision:
     flops_after: int
     flops_before_symbolic: sympy.Expr
     flops_after_symbolic: sympy.Expr
+    others: tuple[SitePlan, ...] = ()
+    """Other forms, which are tried in turn where the audit of this one fails."""
+    tried: tuple[str, ...] = ()
+    """Forms that were given up, each with its reason."""
     seen: str = "none"
     """Which keys queries see: ``none``, ``causal``, ``key padding``, ``causal + key padding``, or that it is other."""
 

@@ -27,14 +27,19 @@ Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def attempt(
-    entry: Entry, record: CallRecord, tensors: Tensors, options: Options, keep: torch.Tensor | None = None
+    entry: Entry,
+    record: CallRecord,
+    plan: SitePlan,
+    tensors: Tensors,
+    options: Options,
+    keep: torch.Tensor | None = None,
 ) -> tuple[Forward | None, SitePlan, Fit | None]:
     """The forward of a call in tiles, its plan and its thresholds; None where the site becomes exact.
 
     Args:
         keep: which keys take part, bool [batch, n_k]; None: all.
     """
-    plan, grouped, heads = entry.state.decision.plan, execute.grouped(*tensors), tensors[1].shape[1]
+    grouped, heads = execute.grouped(*tensors), tensors[1].shape[1]
     batch = tensors[0].shape[0]
     by_head = execute.grouped_keep(keep, heads)
     if record.fit is not None:  # a recomputation
@@ -59,7 +64,7 @@ def attempt(
         if float(torch.where(tau > 0, total, 1.0).mean()) >= thresholds.WORTH:
             many = int((tau == 0).sum())
             reason = f"{many} of {heads} heads have too many near pairs for tiles to be faster"
-            registry.update(entry, functools.partial(policy.become_exact, reason=reason))
+            registry.update(entry, functools.partial(policy.next_form, options=options, reason=reason))
             return None, plan, fit
     made = tiled.forward(*grouped, plan, tau.repeat(batch), by_head, layout)
     _record(entry, record, made, found, tau, heads)

@@ -27,6 +27,11 @@ class FamilyOptions(Protocol):
     """The options that families read; see :class:`polyattn.Options`."""
 
     @property
+    def features(self) -> str:
+        """See :attr:`polyattn.Options.features`."""
+        ...
+
+    @property
     def degree(self) -> int | None:
         """See :attr:`polyattn.Options.degree`."""
         ...
