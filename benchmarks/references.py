@@ -24,6 +24,37 @@ def mean_pooling(
     return v.mean(1, keepdim=True).expand(-1, q.shape[1], -1).clone()
 
 
+BLOCK = 64
+"""Tokens of a block of ``position_blocks``."""
+
+
+def position_blocks(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, rank: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Blocks of tokens by position: the heaviest pairs of blocks exact, the others by the means of their keys.
+
+    What training-free sparse attention does (Jiang et al., *MInference*, arXiv 2407.02490; Xu et al., *XAttention*,
+    arXiv 2503.16428): pairs of blocks are scored by pooled queries and keys; here the part that is left out is not
+    dropped, but one key and value, the means of a block, stand for it. ``rank`` is the per cent of the pairs that are
+    exact; a row of blocks has as many as any other.
+    """
+    n, label = q.shape[1], torch.arange(q.shape[1], device=q.device) // BLOCK
+    blocks = int(label[-1]) + 1
+    members = torch.nn.functional.one_hot(label, blocks).to(q.dtype)
+    sizes = members.sum(0)
+    mean_q, mean_k, mean_v = (members.mT @ x / sizes[:, None] for x in (q, k, v))
+    kept = (scale * mean_q @ mean_k.mT).topk(max(1, blocks * rank // 100), dim=2)[1]
+    near = torch.zeros(len(q), blocks, blocks, dtype=torch.bool, device=q.device).scatter_(2, kept, True)
+    out = torch.empty_like(v)
+    for block in range(blocks):
+        rows = label == block
+        exact = (scale * q[:, rows] @ k.mT).masked_fill(~near[:, block, None, label], -torch.inf)
+        pooled = (scale * q[:, rows] @ mean_k.mT + sizes.log()).masked_fill(near[:, block, None], -torch.inf)
+        weights = torch.cat([exact, pooled], 2).softmax(2)
+        out[:, rows] = weights[..., :n] @ v + weights[..., n:] @ mean_v
+    return out
+
+
 def favor_plus(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, rank: int, generator: torch.Generator
 ) -> torch.Tensor:
@@ -216,6 +247,7 @@ def normalised(phi: torch.Tensor, psi: torch.Tensor, v: torch.Tensor) -> torch.T
 
 REFERENCES: Mapping[str, Reference] = {
     "mean_pooling": mean_pooling,
+    "position_blocks": position_blocks,
     "favor_plus": favor_plus,
     "nystrom": nystrom,
     "nystrom_iterated": nystrom_iterated,

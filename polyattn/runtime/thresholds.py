@@ -38,9 +38,9 @@ WORTH = 0.95
 """A site is exact where its heads together would take longer than this part of exact attention."""
 SEARCH, RETRIES = 6, 3
 """How many thresholds a first call tries, and a later one whose own does not hold."""
-NEAR_COST, FAR_COST = 2.3, 13.0
-"""Seconds of a near pair, in those of a pair of exact attention; and of all else, in those of exact attention times
-1/T_q + 1/T_k. Measured with torch code on a CPU (docs/performance.md)."""
+NEAR_COST, FAR_COST, FIXED_COST = 2.3, 13.0, 1.2e7
+"""Seconds of a near pair, in those of a pair of exact attention; of what tiles cost, in those of exact attention times
+1/T_q + 1/T_k; and of what every head costs, in those of so many pairs. Measured with torch code on a CPU, d = 32."""
 
 
 Numbers = TypeVar("Numbers", float, torch.Tensor)
@@ -49,7 +49,8 @@ Numbers = TypeVar("Numbers", float, torch.Tensor)
 def seconds(share: Numbers, plan: SitePlan, n_q: int, n_k: int) -> Numbers:
     """Predicted seconds of heads of these shares of near pairs, in those of exact attention."""
     family = tiled.family_of(plan)
-    return share * NEAR_COST + FAR_COST * (1 / family.tile_width(n_q) + 1 / family.tile_width(n_k))
+    tiles = 1 / family.tile_width(n_q) + 1 / family.tile_width(n_k)
+    return share * NEAR_COST + FAR_COST * tiles + FIXED_COST / (n_q * n_k)
 
 
 @dataclass(frozen=True)

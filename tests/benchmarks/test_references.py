@@ -11,7 +11,15 @@ import pytest
 import torch
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "references.py"
-NAMES = ("mean_pooling", "favor_plus", "nystrom", "nystrom_iterated", "tensor_sketch", "truncated_svd")
+NAMES = (
+    "mean_pooling",
+    "position_blocks",
+    "favor_plus",
+    "nystrom",
+    "nystrom_iterated",
+    "tensor_sketch",
+    "truncated_svd",
+)
 HEADS, TOKENS, D, E = 2, 60, 6, 5
 SCALE = 0.4
 SEEDS = 10
@@ -286,9 +294,27 @@ def test_the_iterated_svd_is_the_best_within_a_per_cent(references: Any, rank: i
     assert torch.linalg.matrix_rank(p, rtol=1e-10).tolist() == [rank] * HEADS
 
 
-@pytest.mark.parametrize("name", NAMES[:-1])
+@pytest.mark.parametrize("name", ("mean_pooling", *LOW_RANK))
 def test_none_is_closer_to_p_than_the_svd(references: Any, name: str) -> None:
     x = operands()
     for rank in (8, 16, 32):
         assert (residual(references, name, x, rank) >= best_residual(references, x, rank) * (1 - 1e-9)).all()
         assert torch.linalg.matrix_rank(approximate_p(references, name, x, rank), rtol=1e-10).max() <= rank
+
+
+# ---- blocks by position ----
+
+
+def test_all_blocks_near_is_exact_attention(references: Any) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = tuple(torch.randn(2, 200, w, generator=generator, dtype=torch.float64) for w in (6, 6, 5))
+    torch.testing.assert_close(run(references, "position_blocks", x, 100), exactly(*x))
+
+
+def test_blocks_of_equal_keys_and_values_are_their_means(references: Any) -> None:
+    """Nothing is lost where a block has one key and one value, whatever is exact."""
+    generator = torch.Generator().manual_seed(4)
+    q = torch.randn(2, 256, 6, generator=generator, dtype=torch.float64)
+    k, v = (torch.randn(2, 4, 1, w, generator=generator, dtype=torch.float64).expand(-1, -1, 64, -1) for w in (6, 5))
+    x = q, k.reshape(2, 256, 6), v.reshape(2, 256, 5)
+    torch.testing.assert_close(run(references, "position_blocks", x, 1), exactly(*x))
