@@ -185,6 +185,12 @@ class SiteReport:
         (),
         "Mean error Σ_j |P̃_ij − P_ij| of softmax rows that the fit did not see, for each key head; else empty.",
     )
+    heads = WhileLowRank[list[dict[str, float | None]]](
+        lambda state: [dataclasses.asdict(head) for head in state.heads],
+        lambda site: [],
+        "Where tokens are in tiles, for each key head of the last call: ``share`` of its pairs that are exact (1: "
+        "all), ``threshold`` of near pairs (0: exact attention), ``error`` and ``relative_error`` of its check.",
+    )
     flops_before = FromState[int | None](
         lambda state: state.decision.flops_before,
         None,

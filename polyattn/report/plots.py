@@ -42,6 +42,9 @@ class Samples:
     approximate: torch.Tensor
     """The weights that the low-rank kernels give these pairs, float64 [p]; rows that are left to exact attention have
     exact ones."""
+    near: torch.Tensor | None = None
+    """Where tokens are in tiles, of the key head of the first row: which pairs of tiles are near, bool [tiles of
+    queries, tiles of keys]."""
     gradients: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """Relative errors of dQ, dK and dV, as far as known; empty where no backward was seen."""
     gradients_of: str = ""
@@ -193,8 +196,9 @@ def draw(
         )
     mpl = _matplotlib()
     with mpl.style.context("default"), mpl.rc_context({"svg.hashsalt": "polyattn"}):
-        figure = mpl.figure.Figure(figsize=(11, 4.8), layout="constrained")
-        left, right = figure.subplots(1, 2)
+        mapped = next((samples for samples in all_samples if samples.near is not None), None)
+        figure = mpl.figure.Figure(figsize=(11 if mapped is None else 16, 4.8), layout="constrained")
+        left, right, *rest = figure.subplots(1, 2 if mapped is None else 3)
         figure.suptitle(title, fontsize=11)
         for axes in (left, right):
             axes.spines[["top", "right"]].set_visible(False)
@@ -203,6 +207,8 @@ def draw(
             colours = [mpl.colormaps["viridis"](0.9 * i / (len(all_samples) - 1)) for i in range(len(all_samples))]
         _weights(left, all_samples, colours)
         _rows(right, all_samples, colours, tolerance)
+        if mapped is not None:
+            _near(rest[0], mapped)
         if isinstance(into, (str, os.PathLike)):
             path = Path(into)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -261,6 +267,17 @@ def _weights(axes: Any, all_samples: Sequence[Samples], colours: Sequence[Any]) 
     axes.set(xscale="log", yscale="log", xlim=(floor, top), ylim=(floor, top))
     axes.set(xlabel="exact weight", ylabel="approximate weight", title=f"{len(exact):,} softmax weights")
     axes.legend(fontsize=8, loc="upper left", **LEGEND)
+
+
+def _near(axes: Any, samples: Samples) -> None:
+    """Draw which pairs of tiles are near."""
+    near = samples.near
+    assert near is not None
+    axes.imshow(near.numpy(), cmap="Greys", vmin=0, vmax=1.4, interpolation="nearest", aspect="auto")
+    share = float(near.double().mean())
+    batch, head = samples.rows[0, :2].tolist()
+    title = f"near pairs of tiles, {share:.1%}: head {head} of batch element {batch}"
+    axes.set(xlabel="tile of keys", ylabel="tile of queries", title=title)
 
 
 def _rows(axes: Any, all_samples: Sequence[Samples], colours: Sequence[Any], tolerance: float) -> None:

@@ -94,7 +94,8 @@ def sample(
     by_head = execute.grouped_keep(keep, k.shape[1])
     left = execute.exact_rows(grouped, plan, fitted, radius, by_head)[tuple(x.to(q.device) for x in place)].cpu()
     approximate = torch.where(left[row], weights, _approximate(grouped, plan, fitted, place, row, key, by_head))
-    return Samples(state, where, errors, left, row, key, drawn, weights, approximate)
+    near = execute.near_pairs(grouped, plan, fitted, by_head, int(key_heads[0])) if plan.tiled else None
+    return Samples(state, where, errors, left, row, key, drawn, weights, approximate, near)
 
 
 def _pairs(

@@ -166,6 +166,17 @@ def forward(
     return Forward(out, denominators, count)
 
 
+def near_pairs(
+    tensors: Grouped, plan: SitePlan, fitted: torch.Tensor | None, keep: torch.Tensor | None, head: int
+) -> torch.Tensor:
+    """Which pairs of tiles of a key head [tiles of queries, tiles of keys] are near, bool, on the CPU."""
+    assert fitted is not None, "a form in tiles has thresholds"
+    one = slice(head, head + 1)
+    q, k, v = (x[one] for x in tensors)
+    tau = fitted[head % len(fitted)].to(q.dtype)
+    return tiled.near_pairs((q, k, v), plan, tau, None if keep is None else keep[one])[0].cpu()
+
+
 def exact_rows(
     tensors: Grouped,
     plan: SitePlan,

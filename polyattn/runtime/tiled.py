@@ -324,6 +324,14 @@ def _add_exact_rows(
         result["dV"][h] += dv
 
 
+def near_pairs(tensors: Grouped, plan: SitePlan, tau: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+    """Which pairs of tiles are near, bool [H, tiles of queries, tiles of keys]; all where a threshold is 0."""
+    layout = Layout.of(tensors, plan, keep)
+    near = torch.zeros(*layout.q.shape[:2], layout.k.shape[1], dtype=torch.bool, device=layout.q.device)
+    approximate(tensors, layout, plan, tau, near)
+    return near | (tau == 0)[:, None, None]
+
+
 def for_values(
     tensors: Grouped, values: torch.Tensor, plan: SitePlan, tau: torch.Tensor, keep: torch.Tensor | None = None
 ) -> torch.Tensor:

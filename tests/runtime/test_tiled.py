@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -368,3 +369,16 @@ def test_under_a_causal_mask_it_is_exact_and_says_so() -> None:
     wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     torch.testing.assert_close(out, wanted)
     assert only_state().now.decision.reason == "clustered attention has no form under a causal mask yet"
+
+
+def test_the_figure_has_a_map_of_near_pairs(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    torch.manual_seed(0)
+    report = polyattn.explain(Model(), torch.randn(1, 300, 16), options=LOW)
+    (samples,) = report.sites[0].samples
+    assert samples.near is not None
+    share = float(samples.near.double().mean())
+    assert 0 < share <= 1
+    (path,) = report.plot(tmp_path)
+    assert "near pairs of tiles" in path.read_text(encoding="utf-8")
+    assert len(report.sites[0].to_dict()["heads"]) == 2
