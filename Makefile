@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long zoo zoo-check accuracy training lint format golden wheel-check clean
+.PHONY: help demo test test-long zoo zoo-check accuracy heads training lint format golden wheel-check clean
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,10 @@ zoo: $(STAMP) ## compile models of public packages, compare with eager, write do
 accuracy: $(STAMP) ## low-rank against exact attention on trained heads, write docs/accuracy.md (8 minutes; ACCURACY="--every 1": all heads, 12 minutes)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[accuracy]'
 	$(BIN)/python benchmarks/accuracy.py $(or $(ACCURACY),--every 2) --write docs/accuracy.md
+
+heads: $(STAMP) ## every head of a pretrained encoder with default options beside torch's kernel, into README and docs/clustered.md (15 minutes)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[accuracy]'
+	$(BIN)/python benchmarks/encoder_heads.py $(or $(HEADS),--tokens 4096 16384 --texts 5 --figure docs/images/near-pairs.png --write docs/clustered.md README.md)
 
 training: $(STAMP) ## train a small model through each family, write docs/training.md
 	$(BIN)/python benchmarks/training.py --write docs/training.md

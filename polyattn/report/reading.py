@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, overload
 
 if TYPE_CHECKING:
-    from polyattn.runtime.state import SiteState
+    from polyattn.rewriter.tiles.family import TiledFamily
+from polyattn.runtime.state import SiteState
 
 T = TypeVar("T")
 
@@ -83,3 +84,9 @@ def rank_of(state: SiteState) -> int:
 def outlier_keys_of(state: SiteState) -> int:
     """How many keys of each head are computed exactly for every query; a call may have fewer than were asked for."""
     return min(state.decision.plan.outliers.total, state.decision.shape["n_k"])
+
+
+def tile_width_of(state: SiteState) -> int:
+    """About how many keys a tile has, where tokens are in tiles."""
+    family = state.decision.plan.family
+    return family.tile_width(state.decision.shape["n_k"]) if isinstance(family, TiledFamily) else 0

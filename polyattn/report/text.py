@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from polyattn.report import plots
-from polyattn.report.reading import outlier_keys_of, rank_of
+from polyattn.report.reading import outlier_keys_of, rank_of, tile_width_of
 from polyattn.report.views import ReportView, SiteView
 from polyattn.rewriter.masks.mask import LOCAL_WINDOW
 
@@ -96,7 +96,8 @@ def _state_lines(state: SiteState, tolerance: float, label: str) -> list[str]:
 def _method(state: SiteState) -> str:
     """How a low-rank state computes, in words."""
     plan = state.plan
-    parts = [plan.family.describe(state.fit), f"rank {rank_of(state)}", f"{plan.gradient} gradient"]
+    size = f"tiles of about {tile_width_of(state)} tokens" if plan.tiled else f"rank {rank_of(state)}"
+    parts = [plan.family.describe(state.fit), size, f"{plan.gradient} gradient"]
     parts += [f"values on {plan.projection.values} directions"] if plan.projection.values else []
     parts += [f"queries and keys on {plan.projection.keys} directions"] if plan.projection.keys else []
     parts += CENTRED[plan.centring]
