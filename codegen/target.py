@@ -43,6 +43,8 @@ class Target(abc.ABC):
     name: ClassVar[str]
     may_fail: ClassVar[bool] = False
     """Whether a device may refuse kernels that were emitted, so that the next target runs them."""
+    tiles: ClassVar[bool] = False
+    """Whether it has code for programs in tiles."""
     added_masks: ClassVar[bool] = False
     """Whether torch's own attention of its devices takes a mask that is added to the scores, forward and backward, and
     beside half-precision queries in float32 too."""

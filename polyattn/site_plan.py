@@ -74,6 +74,8 @@ class SitePlan:
     centring: Centring = "none"
     outliers: OutlierKeys = field(default_factory=OutlierKeys)
     projection: ProjectionRanks = field(default_factory=ProjectionRanks)
+    refusal: str = ""
+    """Why there is no low-rank form of the family on the site's device, or under its mask; empty where there is one."""
     padding: bool = False
     """Whether a call says which keys take part (key padding), for each batch element; others have the factor 0."""
 
@@ -97,8 +99,14 @@ class SitePlan:
         family = families(options)[choice].of(options)
         mask: Mask = CAUSAL if causal else NONE if options.local_window is None else LOCAL_WINDOW
         chunk = 0
-        own = family.mask(mask)
-        mask = mask if isinstance(own, str) else own
+        own, refusal = family.mask(mask), ""
+        if isinstance(own, str):
+            refusal = own
+        else:
+            mask = own
+        target = targets.of_device(torch.device(device))
+        if mask is NEAR_TILES and not target.tiles and options.policy == "auto":
+            refusal = f"programs in tiles have no code for {device} yet, and plain torch would be slower than exact"
         if mask is LOCAL_WINDOW:
             chunk = options.local_window or 0
         elif mask is CAUSAL:
@@ -117,6 +125,7 @@ class SitePlan:
             centring,
             OutlierKeys(options.outlier_keys, options.exact_keys),
             ProjectionRanks(options.value_directions or 0, options.key_directions or 0),
+            refusal,
             padding,
         )
 
@@ -133,12 +142,6 @@ class SitePlan:
         """Whether kernels take factors of the keys: centred queries leave them; outlier keys and keys that take no part
         have the factor 0."""
         return self.centring != "none" or bool(self.outliers) or self.padding
-
-    @property
-    def unsupported(self) -> str:
-        """Why there is no low-rank form of this family under the mask; empty where there is one."""
-        own = self.family.mask(self.mask)
-        return own if isinstance(own, str) else ""
 
     @property
     def tiled(self) -> bool:

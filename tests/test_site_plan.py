@@ -83,3 +83,13 @@ def test_threads_get_one_identifier() -> None:
     for thread in threads:
         thread.join()
     assert len(set(found)) == 1
+
+
+def test_tiles_have_no_code_for_gpus_yet() -> None:
+    """Under ``auto`` such a site is exact and says why; who insists gets plain torch."""
+    found = [
+        SitePlan.of(Options.make({"features": "clustered", "policy": policy}), False, 0.5, 16, device).refusal
+        for policy, device in (("auto", "cuda"), ("low_rank", "cuda"), ("auto", "cpu"))
+    ]
+    assert "no code for cuda" in found[0]
+    assert found[1:] == ["", ""]

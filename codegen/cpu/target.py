@@ -185,6 +185,7 @@ class CPUTarget(Target):
     """Torch calls on tiles that stay in the cache."""
 
     name = "cpu"
+    tiles = True
     added_masks = True
 
     def available(self, device: torch.device) -> bool:

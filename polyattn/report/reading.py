@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, overload
+from typing import Any, Generic, Protocol, TypeVar, overload
 
-if TYPE_CHECKING:
-    from polyattn.rewriter.tiles.family import TiledFamily
+from polyattn.rewriter.tiles.family import TiledFamily
 from polyattn.runtime.state import SiteState
 
 T = TypeVar("T")

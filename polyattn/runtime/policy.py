@@ -82,10 +82,10 @@ def decide(shape: Mapping[str, int], plan: SitePlan, options: Options, others: t
 def _decide(shape: Mapping[str, int], plan: SitePlan, options: Options) -> SiteState:
     """The state of a site with one form."""
     verdict: Verdict = "low_rank"
-    if plan.unsupported:
+    if plan.refusal:
         whole = exact_cost(softmax(plan.mask)) * plan.mask.share
         before = int(whole.subs(plan.sizes(shape))) * shape["batch"] * shape["kv_heads"]
-        reason = "policy='exact'" if options.policy == "exact" else plan.unsupported
+        reason = "policy='exact'" if options.policy == "exact" else plan.refusal
         decision = Decision("exact", reason, plan, dict(shape), before, before, whole, whole, seen=plan.seen)
         return SiteState(decision, guarantee="exact")
     before, after = costs(shape, plan)

@@ -27,16 +27,17 @@ TILES, ROWS = 16, 16
 """Tiles of a head that are looked at, and rows of each."""
 OVER = 0.01
 """The part of the rows that may err by more than the additive tolerance."""
-RELATIVE, GRADIENT = 0.8, 0.35
+RELATIVE, GRADIENT = 0.8, 0.3
 """Parts of the relative tolerance, and of that of gradients, which a head's relative error must keep: gradients err up
 to three times as much as outputs."""
 ROOM = 0.6
 """A head whose errors are below this part of what it may has room for a higher threshold."""
-STEP, LOOSEN = 3.0, 1.25
-"""Factors between thresholds that a search tries, and from one call to the next where there is room."""
+AIM, STEP, LOOSEN = 0.85, 10.0, 1.25
+"""The part of the tolerances that a search aims at, the largest factor between two thresholds that it tries, and the
+factor from one call to the next where there is room."""
 WORTH = 0.95
 """A site is exact where its heads together would take longer than this part of exact attention."""
-SEARCH, RETRIES = 6, 3
+SEARCH, RETRIES = 4, 3
 """How many thresholds a first call tries, and a later one whose own does not hold."""
 NEAR_COST, FAR_COST, FIXED_COST = 2.3, 13.0, 1.2e7
 """Seconds of a near pair, in those of a pair of exact attention; of what tiles cost, in those of exact attention times
@@ -65,11 +66,15 @@ class Errors:
     share: torch.Tensor
     """The share of near pairs."""
 
-    def within(self, plan: SitePlan, room: float = 1.0) -> torch.Tensor:
-        """Which heads keep their tolerances, or a part of them."""
+    def used(self, plan: SitePlan) -> torch.Tensor:
+        """The part of its tolerances that a head uses: at most 1 where it keeps them."""
         family = tiled.family_of(plan)
         relative = min(RELATIVE * family.relative_tolerance, GRADIENT * family.gradient_tolerance)
-        return (self.additive <= room * family.tolerance) & (self.relative <= room * relative)
+        return torch.maximum(self.additive / family.tolerance, self.relative / relative)
+
+    def within(self, plan: SitePlan, room: float = 1.0) -> torch.Tensor:
+        """Which heads keep their tolerances, or a part of them."""
+        return self.used(plan) <= room
 
 
 class Check:
@@ -177,11 +182,13 @@ def search(check: Check, tolerance: float) -> Found:
     best: Errors | None = None
     for _ in range(SEARCH):
         errors = check.errors(tau)
-        good = errors.within(plan)
+        used = errors.used(plan)
+        good = used <= 1
         low, high = torch.where(good, tau, low), torch.where(good, high, tau)
         best = errors if best is None else _where(good | (low == 0), errors, best)
-        middle = (low.clamp_min(1e-12) * high).sqrt()
-        tau = torch.where(high.isinf(), tau * STEP, torch.where(low == 0, tau / STEP, middle))
+        guess = tau * (AIM / used.clamp_min(1e-6)).clamp(1 / STEP, STEP)  # errors grow about as thresholds do
+        middle = (torch.where(low == 0, high / STEP, low) * torch.where(high.isinf(), low * STEP, high)).sqrt()
+        tau = torch.where((guess > low) & (guess < high), guess, middle)
     assert best is not None
     return Found(low, low, best)
 
