@@ -6,6 +6,7 @@ multiplied as batches of matrices, and what is summed over keys or queries is ad
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterable, Sequence
 
@@ -13,7 +14,7 @@ import sympy
 
 from polyattn.codegen.cpu.layout import number
 from polyattn.codegen.cpu.tile_products import TileProducts
-from polyattn.codegen.cpu.tile_values import AFTER, BLOCK, CHOSEN, END, HEAD, PAIRS, SIZES
+from polyattn.codegen.cpu.tile_values import AFTER, BLOCK, CHOSEN, END, HEAD, PAIRS, SIZES, in_bits
 from polyattn.codegen.cpu.units import Fused, Single, Stacked, Unit, units
 from polyattn.codegen.phases import of_pairs
 from polyattn.codegen.spec import KernelSpec
@@ -22,7 +23,7 @@ from polyattn.rewriter.algebra.expr import Kind
 from polyattn.rewriter.algebra.tensor import QUERY_TILE
 from polyattn.rewriter.planning.plan import Node, walk
 
-PAIR_ELEMENTS = 1 << 18
+PAIR_ELEMENTS = 1 << 19
 """Pairs of tokens of near tiles that are computed at a time, so that they stay in the cache."""
 HELPERS = '''
 def side_by_side(shape, *parts):
@@ -44,9 +45,15 @@ class TileWriter(TileProducts):
             for n in unit.needs:
                 self.uses[n] = self.uses.get(n, 0) + 1
         singles = {unit.node for unit in made if isinstance(unit, Single)}
+        read = {unit.node.args[0] for unit in made if isinstance(unit, Single) and unit.node.attr == "exp"}
+        alone = {n for n in read if self.uses[n] == 1}
+        self.exponents = {unit.node for unit in made if isinstance(unit, Stacked)} & alone
         for n in singles:
             if n.op == "sum" and len(n.args) == 1 and n.attr[0][0] != 1 and self._takes_factor(n.args[0], singles):
                 self.factors[n.args[0]] = number(n.attr[0][0])
+                if n in alone:
+                    self.exponents.add(n)
+                    self.factors[n.args[0]] = in_bits(number(n.attr[0][0]))
         self._write(made)
 
     def _takes_factor(self, n: Node, singles: set[Node]) -> bool:
@@ -138,6 +145,7 @@ class TileWriter(TileProducts):
             "import torch",
             "",
             f"PAIR_ELEMENTS = {PAIR_ELEMENTS}",
+            f"LOG2E = {math.log2(math.e)!r}",
             "",
             HELPERS,
             "",

@@ -14,6 +14,7 @@ from polyattn.codegen.cpu.tile_values import (
     SIZES,
     TileValues,
     Value,
+    in_bits,
 )
 from polyattn.codegen.cpu.units import Fused, Part, Stacked
 from polyattn.codegen.phases import of_pairs
@@ -78,6 +79,8 @@ class TileProducts(TileValues):
         def sign(part: Part) -> tuple[str, str]:
             """Coefficients of the left and right operands: on the one that there is, on queries rather than keys."""
             factor = number(part.coefficient)
+            if n in self.exponents:
+                factor = in_bits(factor)
             return (factor, "1") if part.left is not None else ("1", factor)
 
         sides = []

@@ -33,6 +33,12 @@ CHOSEN = ("SHIFT", "TOP")
 """Inputs that the choice of near pairs may yield."""
 
 
+def in_bits(factor: str) -> str:
+    """A factor of an exponent, as Python, for an exponential to the base 2."""
+    plain = factor.replace(".", "").lstrip("-").isalnum()
+    return "LOG2E" if factor == "1" else f"{factor} * LOG2E" if plain else f"({factor}) * LOG2E"
+
+
 @dataclass(frozen=True)
 class Value:
     """A value in the emitted file: its variable, and its axes in order; None is the axis of near pairs."""
@@ -64,6 +70,8 @@ class TileValues:
         """How many units read a value."""
         self.factors: dict[Node, str] = {}
         """Products that nothing reads but their own multiple, by the factor."""
+        self.exponents: set[Node] = set()
+        """Products of which nothing but exp is read: in units of log 2, as torch's exp2 is three times as fast."""
         self.chosen: set[str] = set()
         """Inputs that the choice of near pairs may yield, of those that there are."""
 
@@ -137,7 +145,8 @@ class TileValues:
         if a in self.masked:
             self.hidden.add(n)
         suffix = "_" if self._may_overwrite(a) else ""
-        self._set(n, f"{value.name}.{n.attr}{suffix}()", value.place, value.axes)
+        function = "exp2" if a in self.exponents else n.attr
+        self._set(n, f"{value.name}.{function}{suffix}()", value.place, value.axes)
 
     # -- views -------------------------------------------------------------------------------------------------------
 

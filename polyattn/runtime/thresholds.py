@@ -39,7 +39,7 @@ WORTH = 0.95
 """A site is exact where its heads together would take longer than this part of exact attention."""
 SEARCH, RETRIES = 4, 3
 """How many thresholds a first call tries, and a later one whose own does not hold."""
-NEAR_COST, FAR_COST, FIXED_COST = 2.3, 13.0, 1.2e7
+NEAR_COST, FAR_COST, FIXED_COST = 2.0, 11.0, 1.2e7
 """Seconds of a near pair, in those of a pair of exact attention; of what tiles cost, in those of exact attention times
 1/T_q + 1/T_k; and of what every head costs, in those of so many pairs. Measured with torch code on a CPU, d = 32."""
 
