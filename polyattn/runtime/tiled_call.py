@@ -23,6 +23,8 @@ from polyattn.runtime.tiled import Forward, Layout
 from polyattn.site_plan import SitePlan
 
 log = logging.getLogger("polyattn")
+RECONSIDERED = 32
+"""Heads that are exact in a site that is not are tried again every so many calls: a model that trains changes them."""
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -80,7 +82,10 @@ def _thresholds(entry: Entry, record: CallRecord, check: Check) -> Found:
     known = entry.state.fit
     if known is None:
         return thresholds.search(check, tiled.family_of(check.plan).tolerance)
-    return thresholds.again(check, known.values[:, 0].to(check.means))
+    tau, family = known.values[:, 0].to(check.means), tiled.family_of(check.plan)
+    if record.number is not None and record.number % RECONSIDERED == 0:
+        tau = torch.where(tau == 0, THRESHOLD * family.tolerance, tau)
+    return thresholds.again(check, tau)
 
 
 def _kept(entry: Entry, record: CallRecord, tau: torch.Tensor, following: torch.Tensor, found: Found | None) -> Fit:

@@ -13,7 +13,7 @@ from sites import only_state
 import polyattn
 from polyattn.errors import OptionValueError
 from polyattn.options import Options
-from polyattn.runtime import execute, policy, registry, thresholds, tiled
+from polyattn.runtime import execute, policy, registry, thresholds, tiled, tiled_call
 from polyattn.runtime.tiled import Layout
 from polyattn.site_plan import SitePlan
 
@@ -251,6 +251,22 @@ def test_heads_are_judged_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [head.threshold == 0 for head in heads] == [False, True, False, False]
     torch.testing.assert_close(out[:, 1], exact(inputs)[:, 1])
     assert relative(out, exact(inputs)) < 0.05
+
+
+def test_an_exact_head_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(thresholds, "FAR_COST", 1.0)
+    monkeypatch.setattr(thresholds, "FIXED_COST", 0.0)
+    monkeypatch.setattr(tiled_call, "RECONSIDERED", 3)
+    good = [x.detach() for x in operands(n_q=1024, n_k=1024)]
+    bad = [x.clone() for x in good]
+    for x in bad:
+        x[:, 1] = 2 * torch.randn(x[:, 1].shape, generator=torch.Generator().manual_seed(0))
+    run(bad, policy="auto")
+    seen = []
+    for _ in range(2):
+        call(good, policy="auto")
+        seen.append([head.threshold > 0 for head in only_state().now.heads])
+    assert seen == [[True, False], [True, True]]
 
 
 def test_a_site_of_heads_without_structure_becomes_exact(monkeypatch: pytest.MonkeyPatch) -> None:
