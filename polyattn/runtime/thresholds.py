@@ -35,6 +35,8 @@ ROOM = 0.6
 AIM, STEP, LOOSEN = 0.85, 10.0, 1.25
 """The part of the tolerances that a search aims at, the largest factor between two thresholds that it tries, and the
 factor from one call to the next where there is room."""
+HOPELESS = 1.2
+"""A head that would take so long, in seconds of exact attention, is left to exact attention for some calls."""
 WORTH = 0.95
 """A site is exact where its heads together would take longer than this part of exact attention."""
 SEARCH, RETRIES = 4, 3

@@ -56,9 +56,10 @@ def attempt(
     layout = Layout.of(grouped, plan, by_head)
     found = _thresholds(entry, record, Check(grouped, layout, plan, heads, by_head, _generator(entry, record, options)))
     tau, following = found.tau, found.following
-    slow = thresholds.seconds(found.errors.share, plan, tensors[0].shape[2], tensors[1].shape[2]) >= 1
-    if options.policy == "auto":
-        tau, following = tau.masked_fill(slow, 0), following.masked_fill(slow, 0)
+    seconds = thresholds.seconds(found.errors.share, plan, tensors[0].shape[2], tensors[1].shape[2])
+    if options.policy == "auto":  # a head that is nearly worth it is asked again by the next call
+        tau = tau.masked_fill(seconds >= 1, 0)
+        following = following.masked_fill(seconds >= thresholds.HOPELESS, 0)
     fit = _kept(entry, record, tau, following, found)
     if options.policy == "auto":
         whole = torch.where(tau > 0, found.errors.share, 1.0)
