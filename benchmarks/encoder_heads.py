@@ -156,10 +156,10 @@ class Attention(torch.nn.Module):
 
 
 def figure(path: Path) -> None:
-    """Draw samples and near pairs of heads of the first layer."""
+    """Draw samples and near pairs of heads of a layer in the middle."""
     import polyattn
 
-    some = [x[:, ::4].contiguous() for x in heads.encoder(0)[0]]
+    some = [x[:, ::4].contiguous() for x in heads.encoder(0)[heads.LAYERS // 2]]
     polyattn.reset()
     report = polyattn.explain(Attention(), *some, options={"features": "clustered", "policy": "low_rank"})
     report.sites[0].plot(path)
