@@ -1,6 +1,7 @@
 """A study of clustered attention (math.md §8): exact for near pairs of clusters, an expansion for all others.
 
-It stands on its own, on torch alone: no other part of polyattn emits or calls it. In the order of processing:
+It came before the form that the compiler has (docs/clustered.md), and has variants that it does not have. It stands on
+its own, on torch alone: no other part of polyattn calls it. In the order of processing:
 
 - ``tiles``: features of tokens, a balanced tree, k-means; tiles, the clusters of one width
 - ``moments``: moments of tiles of queries, of keys and of pairs; the scores that say which pairs are near

@@ -353,13 +353,15 @@ def test_costs_count_near_pairs_as_exact_attention_does(study: Any, name: str) -
 # ---- the page ----
 
 
-def test_the_page_says_that_it_is_a_study_and_has_a_place_for_the_tables(
+def test_the_page_tells_the_study_from_the_compiler_and_has_a_place_for_the_tables(
     study: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.syspath_prepend(str(FOLDER.parents[1] / "examples"))
     page = importlib.import_module("clustered.page")
     text = (FOLDER.parents[1] / "docs" / "clustered.md").read_text(encoding="utf-8")
-    assert "The compiler does not emit this form yet" in text
+    compiler, _, study_part = text.partition("# The study that came before")
+    assert 'options={"features": "clustered"}' in compiler
+    assert page.BEGIN in study_part
     copy = tmp_path / "clustered.md"
     copy.write_text(text, encoding="utf-8")
     page.update(copy, "a table")
