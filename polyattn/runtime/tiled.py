@@ -65,6 +65,7 @@ class Layout:
         of_q, of_k = features(q, k, v, keep)
         queries = tree(of_q, Shape.of(q.shape[1], family.tile_width(tensors[0].shape[2])))
         keys = tree(of_k, Shape.of(k.shape[1], family.tile_width(k.shape[1])), keep)
+        del of_q, of_k  # as large as half of q and k
         shares = (_shares(tiles, q.dtype) for tiles in (queries, keys))
         return cls(queries, keys, queries.gather(q), keys.gather(k), keys.gather(v), *shares)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -402,3 +404,37 @@ def test_the_figure_has_a_map_of_near_pairs(tmp_path: Path) -> None:
     (path,) = report.plot(tmp_path)
     assert "near pairs of tiles" in path.read_text(encoding="utf-8")
     assert len(report.sites[0].to_dict()["heads"]) == 2
+
+
+MEMORY = """
+import resource, sys, torch, polyattn
+generator = torch.Generator().manual_seed(0)
+n = int(sys.argv[1])
+centres, values = (torch.randn(64, 32, generator=generator) for _ in range(2))
+q, k, v = (
+    table[torch.randint(64, (1, 4, n), generator=generator)] + 0.1 * torch.randn(1, 4, n, 32, generator=generator)
+    for table in (centres, centres, values)
+)
+def run(*tensors):
+    return polyattn.attention(*tensors, options={"features": "clustered", "policy": "low_rank"})
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+some = [x[:, :, :2048].clone().requires_grad_() for x in (q, k, v)]
+run(*some).sum().backward()
+before, unit = peak(), 4 * q.numel() * q.element_size()
+with torch.no_grad():
+    run(q, k, v)
+forward = (peak() - before) / unit
+for x in (q, k, v): x.requires_grad_()
+run(q, k, v).sum().backward()
+print(forward, (peak() - before) / unit)
+"""
+
+
+@pytest.mark.long
+def test_peak_memory_at_65536_tokens() -> None:
+    """In bytes of q, k, v and o of four heads: up to 3.5 for a first forward with its search, and 6 with a backward."""
+    done = subprocess.run([sys.executable, "-c", MEMORY, "65536"], capture_output=True, text=True, check=True)
+    forward, both = map(float, done.stdout.split())
+    assert forward < 3.5
+    assert both < 6
