@@ -26,8 +26,8 @@ log = logging.getLogger("polyattn")
 def judge(entry: Entry, record: CallRecord, errors: AuditErrors, options: Options) -> bool:
     """Record what an audit measured; whether the site may keep its form.
 
-    A form whose audit fails gives way to the next one that its options allow; under ``policy="auto"`` at last to exact
-    attention, while under ``policy="low_rank"`` the last form stays, and the first failed audit is logged as a warning.
+    Under ``policy="auto"`` a form whose audit fails gives way to the next one that its options allow, at last to exact
+    attention. Under ``policy="low_rank"`` it stays, and the first failed audit is logged as a warning.
     """
     assert record.number is not None, "recomputations are not audited"
     site = entry.key.site
@@ -38,10 +38,9 @@ def judge(entry: Entry, record: CallRecord, errors: AuditErrors, options: Option
         f"worst row {errors.additive:.2e} (tolerance {options.tolerance:.0e}), "
         f"relative {errors.relative:.2e} (relative_tolerance {options.relative_tolerance:.0e})"
     )
-    reason = f"audit of call {record.number}: {found}"
-    following = policy.next_form(state, options, reason)
-    if options.policy == "auto" or following.low_rank:
-        registry.update(entry, functools.partial(policy.next_form, options=options, reason=reason))
+    if options.policy == "auto":
+        reason = f"audit of call {record.number}: {found}"
+        following = registry.update(entry, functools.partial(policy.next_form, options=options, reason=reason))
         if state.counters.audits > 1:
             form = following.plan.family.describe() if following.low_rank else "exact"
             log.info("polyattn: %s: %s from call %s on: %s", site, form, record.number, found)

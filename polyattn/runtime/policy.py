@@ -20,7 +20,7 @@ from polyattn.passes.derive.kernels import exact_cost, kernels
 from polyattn.passes.match.site import Site
 from polyattn.rewriter.algebra.tensor import N_K, NEAR_SHARE
 from polyattn.rewriter.families.family import Fit
-from polyattn.rewriter.masks.mask import NEAR_TILES, NONE
+from polyattn.rewriter.masks.mask import NEAR_TILES, NONE, Mask
 from polyattn.rewriter.rules.rule import ApproximateRule
 from polyattn.rewriter.tiles.family import TYPICAL_SHARE
 from polyattn.runtime import thresholds
@@ -42,13 +42,17 @@ class AuditErrors(NamedTuple):
 # -- the decision ----------------------------------------------------------------------------------------------------
 
 
+def _exact_cost(mask: Mask) -> sympy.Expr:
+    """FLOPs per head of exact attention under a mask, in symbols."""
+    return sympy.expand(exact_cost(softmax(NONE if mask is NEAR_TILES else mask)) * mask.share)
+
+
 @functools.cache
 def symbolic_costs(
     form: Form, rule: ApproximateRule, gradient: str, projected_values: bool = False
 ) -> tuple[sympy.Expr, sympy.Expr]:
     """FLOPs per head, forward and backward, of exact attention and of the low-rank plan, in the rule's symbols."""
-    dense = exact_cost(softmax(NONE if form.mask is NEAR_TILES else form.mask)) * form.mask.share
-    return sympy.expand(dense), kernels(form, rule, gradient).cost(projected_values)
+    return _exact_cost(form.mask), kernels(form, rule, gradient).cost(projected_values)
 
 
 def costs(shape: Mapping[str, int], plan: SitePlan) -> tuple[int, int]:
@@ -71,21 +75,30 @@ def decide(shape: Mapping[str, int], plan: SitePlan, options: Options, others: t
     Args:
         others: forms that are tried where this one costs too much.
     """
-    plans = (plan, *others)
-    states = [_decide(shape, each, options) for each in plans]
-    at = next((at for at, state in enumerate(states) if state.low_rank), 0)
-    left = plans[at + 1 :] if options.policy == "auto" else ()
-    decision = dataclasses.replace(states[at].decision, others=left)
-    return dataclasses.replace(states[at], decision=decision)
+    first = _decide(shape, plan, options)
+    if options.policy != "auto":
+        return first
+    state = first
+    while not state.low_rank and others:
+        (plan, *_), others = others, others[1:]
+        state = _decide(shape, plan, options)
+    if not state.low_rank:
+        return first
+    return dataclasses.replace(state, decision=dataclasses.replace(state.decision, others=others))
 
 
 def _decide(shape: Mapping[str, int], plan: SitePlan, options: Options) -> SiteState:
-    """The state of a site with one form."""
+    """The state of a site with one form; nothing is derived where sizes and device tell that it is exact."""
     verdict: Verdict = "low_rank"
-    if plan.refusal:
-        whole = exact_cost(softmax(plan.mask)) * plan.mask.share
+    why = plan.refusal
+    if not why and plan.tiled and options.policy == "auto":
+        seconds = thresholds.seconds(TYPICAL_SHARE, plan, shape["n_q"], shape["n_k"])
+        if seconds >= 1:
+            why = f"tiles would take {seconds:.2f} times as long as exact attention at this length"
+    if why:
+        whole = _exact_cost(plan.mask)
         before = int(whole.subs(plan.sizes(shape))) * shape["batch"] * shape["kv_heads"]
-        reason = "policy='exact'" if options.policy == "exact" else plan.refusal
+        reason = "policy='exact'" if options.policy == "exact" else why
         decision = Decision("exact", reason, plan, dict(shape), before, before, whole, whole, seen=plan.seen)
         return SiteState(decision, guarantee="exact")
     before, after = costs(shape, plan)
@@ -98,8 +111,6 @@ def _decide(shape: Mapping[str, int], plan: SitePlan, options: Options) -> SiteS
         verdict, reason = "exact", "policy='auto' needs an audit, and audit_rows=0"
     elif after >= before:
         verdict, reason = "exact", f"low rank costs {after / before:.2f} times exact attention at this length"
-    elif plan.tiled and (seconds := thresholds.seconds(TYPICAL_SHARE, plan, shape["n_q"], shape["n_k"])) >= 1:
-        verdict, reason = "exact", f"tiles would take {seconds:.2f} times as long as exact attention at this length"
     else:
         reason = f"low rank costs {after / before:.2f} times exact attention"
     decision = Decision(verdict, reason, plan, dict(shape), before, after, *symbolic, seen=plan.seen)

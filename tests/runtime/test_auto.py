@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import polyattn
 from polyattn.options import Options
 from polyattn.rewriter.families.registry import families
-from polyattn.runtime import registry, thresholds
+from polyattn.runtime import policy, registry, thresholds
 
 N, D = 2048, 8
 
@@ -150,3 +150,15 @@ def test_under_low_rank_the_polynomial_stays() -> None:
     assert (state.low_rank, state.plan.family.name) == (True, "polynomial")
     assert state.audit.error is not None
     assert state.audit.error > 2e-2
+
+
+def test_a_form_that_is_not_tried_is_not_derived(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where the first form is taken, nor where tiles would not pay at the length: a derivation takes long."""
+    asked = []
+    costs = policy.costs
+    monkeypatch.setattr(policy, "costs", lambda shape, plan: asked.append(plan.family.name) or costs(shape, plan))
+    call(operands(0.3))
+    registry.reset()
+    monkeypatch.setattr(thresholds, "FIXED_COST", 1e9)
+    call([x[:, :, :64] for x in operands(0.3)])
+    assert asked == ["polynomial", "polynomial"]
