@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 from polyattn.errors import RewriteError
 from polyattn.rewriter.algebra import expr as ir
@@ -91,6 +92,25 @@ def is_pair(tensor: Tensor) -> bool:
 def is_near(term: Term) -> bool:
     """Whether a term is over near pairs of tokens alone, where exp stays exact."""
     return any(isinstance(f.tensor, Indicator) and f.tensor.which == "near" for f in term.factors)
+
+
+def is_exponential(tensor: Tensor) -> TypeGuard[Map]:
+    """Whether a tensor is the exponential of a score."""
+    return isinstance(tensor, Map) and tensor.function == "exp" and is_pair(tensor)
+
+
+def far_scores(program: Program) -> Iterator[Tensor]:
+    """The scores of exponentials outside of near pairs, which an approximate rule replaces."""
+    for _, x in program.expressions():
+        for factor in (f for t in x.terms if not is_near(t) for f in t.factors):
+            if is_exponential(factor.tensor):
+                yield factor.tensor.argument
+
+
+def by_distance(x: Expr) -> tuple[tuple[Term, ...], Expr]:
+    """The terms over near pairs, and the sum of the others, which may have no terms."""
+    near = tuple(t for t in x.terms if is_near(t))
+    return near, Expr(x.out, tuple(t for t in x.terms if not is_near(t)))
 
 
 def factors(program: Program) -> Iterator[Factor]:

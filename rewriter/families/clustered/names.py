@@ -66,7 +66,6 @@ class Names:
         inner = tuple(f for f in x.factors if index in f.indices)
         rest = tuple(f for f in x.factors if f not in inner)
         open_ = tuple(dict.fromkeys(i for f in inner for i in f.indices if i != index))
-        # an index that nothing else has is summed over with this one; it has no factor outside
         order = tuple(sorted(open_, key=lambda i: (i.kind.letter not in "I", i.kind.letter not in "iJ", repr(i))))
         label = _LABELS.get(tuple(sorted(f.tensor.name for f in inner)), f"T_{kind.letter}")
         made = self.find(label, Expr(order, (Term(ONE, inner),)))

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeGuard
 
 import sympy
 
 from polyattn.errors import RewriteError
 from polyattn.rewriter.algebra import expr as ir
 from polyattn.rewriter.algebra.expr import Def, Expr, Factor, Index, Indicator, Leaf, Map, Tensor, Term
-from polyattn.rewriter.algebra.programs import Program, factors, is_near, is_pair, ordered, prune
+from polyattn.rewriter.algebra.programs import Program, by_distance, factors, far_scores, is_exponential, ordered, prune
 from polyattn.rewriter.algebra.tensor import (
     HEAD,
     KEY_PLACE,
@@ -135,13 +134,7 @@ class ClusteredRule(ApproximateRule):
 
     def check(self, program: Program) -> str | None:
         """Refuses a score that is not s Q Kᵀ − SHIFT over tiles."""
-        for _, x in program.expressions():
-            for factor in (f for t in x.terms if not is_near(t) for f in t.factors):
-                if _is_exponential(factor.tensor):
-                    found = _sides(factor.tensor.argument)
-                    if isinstance(found, str):
-                        return found
-        return None
+        return next((found for score in far_scores(program) if isinstance(found := _sides(score), str)), None)
 
     def rewrite(self, program: Program) -> Program:
         """Replaces exp of a score everywhere except in near pairs, and names what is left: PN is the exponential of
@@ -150,7 +143,7 @@ class ClusteredRule(ApproximateRule):
         weighted = any(f.tensor.name == "B" for f in factors(program))
 
         def change(factor: Factor) -> Expr | None:
-            if not _is_exponential(factor.tensor):
+            if not is_exponential(factor.tensor):
                 return None
             found = _sides(factor.tensor.argument)
             if isinstance(found, str):
@@ -158,19 +151,13 @@ class ClusteredRule(ApproximateRule):
             return _Expansion(*found, names, weighted).order(self.order)
 
         def rewritten(x: Expr) -> Expr:
-            near = tuple(_near(t, names) for t in x.terms if is_near(t))
-            changed = Expr(x.out, tuple(t for t in x.terms if not is_near(t)))
-            found = ir.map_factors(changed, change) if changed.terms else changed
-            far = [_merged(t) for t in found.terms]
-            named = tuple(names.sums(t, x.out) for t in far if not _is_zero(t))
-            return ir.collect(Expr(x.out, (*near, *named)))
+            near, far = by_distance(x)
+            exact = [_near(t, names) for t in near]
+            expanded = map(_merged, ir.map_factors(far, change).terms)
+            return ir.collect(Expr(x.out, (*exact, *(names.sums(t, x.out) for t in expanded if not _is_zero(t)))))
 
         program = program.rewrite(rewritten)
         return prune(ordered(Program((*names.made.values(), *program.defs), program.outputs)))
-
-
-def _is_exponential(tensor: Tensor) -> TypeGuard[Map]:
-    return isinstance(tensor, Map) and tensor.function == "exp" and is_pair(tensor)
 
 
 def _sides(score: Tensor) -> tuple[sympy.Expr, Leaf, Leaf] | str:
@@ -190,7 +177,7 @@ def _sides(score: Tensor) -> tuple[sympy.Expr, Leaf, Leaf] | str:
 
 def _near(term: Term, names: Names) -> Term:
     """A term over near pairs with PN in place of the mask, the keys' factors and the exponential."""
-    exponential = next((f for f in term.factors if _is_exponential(f.tensor)), None)
+    exponential = next((f for f in term.factors if is_exponential(f.tensor)), None)
     if exponential is None:
         return term
     score = exponential.tensor.argument if isinstance(exponential.tensor, Map) else None

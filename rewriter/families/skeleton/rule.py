@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeGuard
 
 import sympy
 
 from polyattn.errors import RewriteError
 from polyattn.rewriter.algebra import expr as ir
-from polyattn.rewriter.algebra.expr import CHUNK, HEAD, Def, Expr, Factor, Kind, Leaf, Map, Tensor, Term
-from polyattn.rewriter.algebra.programs import Program, is_near, is_pair, ordered, sides
+from polyattn.rewriter.algebra.expr import CHUNK, HEAD, Def, Expr, Factor, Kind, Leaf, Map, Term
+from polyattn.rewriter.algebra.programs import Program, by_distance, far_scores, is_exponential, ordered, sides
 from polyattn.rewriter.rules.absorb import ABSORB
 from polyattn.rewriter.rules.inline_features import InlineFeatures
 from polyattn.rewriter.rules.rule import ApproximateRule, Rule
@@ -84,13 +83,7 @@ class SkeletonRule(ApproximateRule):
 
     def check(self, program: Program) -> str | None:
         """Refuses a score that is not one product of a row tensor and a column tensor."""
-        for _, x in program.expressions():
-            for factor in (f for term in x.terms if not is_near(term) for f in term.factors):
-                if _is_exponential(factor.tensor):
-                    found = sides(factor.tensor.argument)
-                    if isinstance(found, str):
-                        return found
-        return None
+        return next((found for score in far_scores(program) if isinstance(found := sides(score), str)), None)
 
     def rewrite(self, program: Program) -> Program:
         """Replaces exp of a score everywhere except in the near field."""
@@ -104,7 +97,7 @@ class SkeletonRule(ApproximateRule):
             return made.setdefault(text, Def(text, x))
 
         def change(factor: Factor) -> Expr | None:
-            if not _is_exponential(factor.tensor):
+            if not is_exponential(factor.tensor):
                 return None
             score = factor.tensor.argument
             found = sides(score)
@@ -124,14 +117,8 @@ class SkeletonRule(ApproximateRule):
             return Expr((i, j), (Term(sympy.Integer(1), product),))
 
         def rewritten(x: Expr) -> Expr:
-            kept = tuple(t for t in x.terms if is_near(t))
-            changed = Expr(x.out, tuple(t for t in x.terms if not is_near(t)))
-            found = ir.map_factors(changed, change) if changed.terms else changed
-            return ir.collect(Expr(x.out, (*kept, *found.terms)))
+            near, far = by_distance(x)
+            return ir.collect(Expr(x.out, (*near, *ir.map_factors(far, change).terms)))
 
         program = program.rewrite(rewritten)
         return ordered(Program((*made.values(), *program.defs), program.outputs))
-
-
-def _is_exponential(tensor: Tensor) -> TypeGuard[Map]:
-    return isinstance(tensor, Map) and tensor.function == "exp" and is_pair(tensor)
