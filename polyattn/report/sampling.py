@@ -128,7 +128,7 @@ def _pairs(
 
 
 def _approximate(
-    grouped: execute.Grouped,
+    grouped: exact.Grouped,
     plan: SitePlan,
     fitted: torch.Tensor | None,
     heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],

@@ -14,7 +14,7 @@ import torch
 
 from polyattn.options import Options
 from polyattn.runtime import exact, policy, registry
-from polyattn.runtime.execute import Grouped
+from polyattn.runtime.exact import Grouped
 from polyattn.runtime.policy import AuditErrors
 from polyattn.runtime.registry import CallRecord, Entry
 from polyattn.runtime.row_checks import mean_value

@@ -10,7 +10,8 @@ import torch
 from polyattn.options import Options
 from polyattn.rewriter.families.family import Fit
 from polyattn.runtime import audit, execute, fits, policy, registry, tiled, tiled_call
-from polyattn.runtime.execute import Forward, Grouped
+from polyattn.runtime.exact import Grouped
+from polyattn.runtime.execute import Forward
 from polyattn.runtime.registry import CallRecord, Entry
 from polyattn.site_plan import SitePlan
 

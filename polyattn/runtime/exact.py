@@ -17,6 +17,8 @@ from polyattn.passes.derive.kernels import exact_nodes
 from polyattn.rewriter.masks.mask import Mask
 from polyattn.runtime.rectangle import Rectangle
 
+Grouped = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Queries [batch · kv_heads, groups, n_q, d], keys [batch · kv_heads, n_k, d], values [batch · kv_heads, n_k, e]."""
 PAIRS = 1 << 22
 """Pairs of a query and a key at once."""
 
@@ -80,6 +82,49 @@ def rows_forward(
     """Exact outputs of some rows of one head: q [s, d] at positions ``rows`` [s], k [n_k, d], v [n_k, e] → [s, e]."""
     out = [weights(q[part], k, rows[part], softmax, keep) @ v for part in _blocks(rows, len(k))]
     return torch.cat(out) if out else v.new_zeros(0, v.shape[-1])
+
+
+def write_rows(
+    out: torch.Tensor, some: torch.Tensor, tensors: Grouped, softmax: Softmax, keep: torch.Tensor | None = None
+) -> int:
+    """Write rows of a grouped output [heads, groups, n_q, e] exactly; how many there were.
+
+    Args:
+        some: which rows, bool [heads, groups, n_q].
+        keep: which keys take part, bool [heads, n_k]; None: all.
+    """
+    q, k, v = tensors
+    for h, g in some.any(-1).nonzero().tolist():
+        rows = some[h, g].nonzero().squeeze(1)
+        mine = None if keep is None else keep[h]
+        out[h, g, rows] = rows_forward(q[h, g, rows], k[h], v[h], rows, softmax, mine)
+    return int(some.sum())
+
+
+def add_row_gradients(
+    total: dict[str, torch.Tensor],
+    some: torch.Tensor,
+    tensors: Grouped,
+    g: torch.Tensor,
+    softmax: Softmax,
+    keep: torch.Tensor | None = None,
+) -> None:
+    """The exact gradients of some rows, as far as ``total`` holds gradients: dQ is written, dK and dV are added to.
+
+    Args:
+        some: which rows, bool [heads, groups, n_q]; g: the gradient of the output, grouped.
+    """
+    q, k, v = tensors
+    for h, group in some.any(-1).nonzero().tolist():
+        rows = some[h, group].nonzero().squeeze(1)
+        mine = None if keep is None else keep[h]
+        dq, dk, dv = rows_backward(q[h, group, rows], k[h], v[h], g[h, group, rows], rows, softmax, mine)
+        if "dQ" in total:
+            total["dQ"][h, group, rows] = dq
+        if "dK" in total:
+            total["dK"][h] += dk
+        if "dV" in total:
+            total["dV"][h] += dv
 
 
 def rows_backward(

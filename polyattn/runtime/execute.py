@@ -19,11 +19,9 @@ from polyattn.codegen.target import block_length
 from polyattn.rewriter.families.family import Bound, Fit
 from polyattn.runtime import exact, outlier_keys, row_checks, tiled
 from polyattn.runtime.centring import Centred, centre
+from polyattn.runtime.exact import Grouped
 from polyattn.runtime.projection import finite, project
 from polyattn.site_plan import SitePlan
-
-Grouped = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Queries [batch · kv_heads, groups, n_q, d], keys [batch · kv_heads, n_k, d], values [batch · kv_heads, n_k, e]."""
 
 OUTSIDE = 1 / 64
 """Rows outside of what was fitted are exact where they are no larger part of a call than this; where they are more, the
@@ -156,12 +154,8 @@ def forward(
         outside = made.centred.q.norm(dim=-1) > largest[:, None, None]
         if int(outside.sum()) <= OUTSIDE * outside.numel():
             bad |= outside
-    count = int(bad.sum())
+    count = exact.write_rows(out, bad, (q, k, v), plan, keep)
     if count:
-        for h, g in bad.any(-1).nonzero().tolist():
-            rows = bad[h, g].nonzero().squeeze(1)
-            mine = None if keep is None else keep[h]
-            out[h, g, rows] = exact.rows_forward(q[h, g, rows], k[h], v[h], rows, plan, mine)
         denominators = denominators.masked_fill(bad, -1.0)
     return Forward(out, denominators, count)
 
@@ -297,24 +291,10 @@ def _with_exact_rows(
     keep: torch.Tensor | None,
 ) -> dict[str, torch.Tensor]:
     """Low-rank gradients of the good rows, with the exact gradients of the bad ones."""
-    q, k, v = tensors
     # Rows may be exact because a feature overflowed; then the low-rank part of the gradient is lost as well.
     overflow = not all(bool(torch.isfinite(x).all()) for x in result.values())
     total = {name: torch.zeros_like(x) if overflow else x for name, x in result.items()}
-    for h in range(q.shape[0]):
-        for group in range(q.shape[1]):
-            mask = torch.ones_like(bad[h, group]) if overflow else bad[h, group]
-            rows = mask.nonzero().squeeze(1)
-            if not len(rows):
-                continue
-            mine = None if keep is None else keep[h]
-            dq, dk, dv = exact.rows_backward(q[h, group, rows], k[h], v[h], g[h, group, rows], rows, plan, mine)
-            if "dQ" in total:
-                total["dQ"][h, group, rows] = dq
-            if "dK" in total:
-                total["dK"][h] += dk
-            if "dV" in total:
-                total["dV"][h] += dv
+    exact.add_row_gradients(total, torch.ones_like(bad) if overflow else bad, tensors, g, plan, keep)
     return total
 
 

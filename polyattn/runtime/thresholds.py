@@ -18,9 +18,9 @@ import torch
 from polyattn.rewriter.masks.mask import NONE
 from polyattn.rewriter.tiles.family import THRESHOLD
 from polyattn.runtime import exact, tiled
-from polyattn.runtime.exact import ExactSoftmax
+from polyattn.runtime.exact import ExactSoftmax, Grouped
 from polyattn.runtime.row_checks import mean_value
-from polyattn.runtime.tiled import Grouped, Layout
+from polyattn.runtime.tiled import Layout
 from polyattn.site_plan import SitePlan
 
 TILES, ROWS = 16, 16
@@ -60,8 +60,6 @@ def seconds(share: Numbers, plan: SitePlan, n_q: int, n_k: int) -> Numbers:
 class Errors:
     """What a check measures, for each head."""
 
-    over: torch.Tensor
-    """The part of the rows that err by more than the additive tolerance."""
     additive: torch.Tensor
     """The row error, in the additive unit, that no more than ``OVER`` of the rows exceed."""
     relative: torch.Tensor
@@ -153,10 +151,8 @@ class Check:
         seen = self._by_head(self.valid).sum(1)
         allowed = (OVER * seen).long().clamp_max(by_head.shape[1] - 1)
         ranked = by_head.sort(1, descending=True)[0]
-        tolerance = tiled.family_of(plan).tolerance
         relative = (total2 / around2.clamp_min(torch.finfo(q.dtype).tiny)).sqrt()
         return Errors(
-            (by_head > tolerance).sum(1) / seen.clamp_min(1),
             ranked.gather(1, allowed[:, None])[:, 0],
             torch.where(torch.isfinite(relative), relative, torch.inf),
             self._by_head(choice.near.flatten(1).to(q.dtype)).mean(1),
@@ -215,5 +211,5 @@ def again(check: Check, tau: torch.Tensor) -> Found:
 
 
 def _where(which: torch.Tensor, x: Errors, y: Errors) -> Errors:
-    pairs = ((x.over, y.over), (x.additive, y.additive), (x.relative, y.relative), (x.share, y.share))
+    pairs = ((x.additive, y.additive), (x.relative, y.relative), (x.share, y.share))
     return Errors(*(torch.where(which, a, b) for a, b in pairs))

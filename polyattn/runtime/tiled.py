@@ -25,10 +25,9 @@ from polyattn.rewriter.tiles.family import TiledFamily
 from polyattn.rewriter.tiles.near import NearPairs
 from polyattn.rewriter.tiles.tree import Shape, Tiles, features, tree
 from polyattn.runtime import exact, row_checks
-from polyattn.runtime.exact import ExactSoftmax
+from polyattn.runtime.exact import ExactSoftmax, Grouped
 from polyattn.site_plan import SitePlan
 
-Grouped = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 BLOCK_ELEMENTS = 1 << 19
 """Elements of the values that a block of tiles of queries has for every key: they are to stay in the cache."""
 LOST = 1 / 8
@@ -76,8 +75,7 @@ class Layout:
 
     def kernels(self, plan: SitePlan) -> Kernels:
         """The specifications for this layout."""
-        gradient = "consistent" if plan.gradient == "consistent" else "substituted"
-        return kernels(softmax(NEAR_TILES, self.weighted), family_of(plan).rule, gradient)
+        return kernels(softmax(NEAR_TILES, self.weighted), family_of(plan).rule, plan.gradient)
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """The inputs of the kernels that do not depend on the choice of near pairs."""
@@ -199,7 +197,9 @@ def forward(
         whole = bad.flatten(1).to(torch.float32).mean(1) > LOST
         out[low], lse[low], share[low] = made.out, made.lse, made.share.to(q.dtype)
         tau = tau.index_put((low[whole],), tau.new_zeros(()))
-        rows = _exact_rows(out, lse, bad & ~whole[:, None, None], low, tensors, plan, keep)
+        single = torch.zeros_like(lse, dtype=torch.bool).index_put((low,), bad & ~whole[:, None, None])
+        rows = exact.write_rows(out, single, tensors, plan, keep)
+        lse = lse.masked_fill(single, -torch.inf)
     high = (tau == 0).nonzero().squeeze(1)
     if len(high):
         out[high], lse[high] = _exact_heads(tensors, high, plan, keep)
@@ -213,27 +213,6 @@ def forward(
 def _finite(tensors: Grouped) -> torch.Tensor:
     """Which heads have finite numbers alone, [H]."""
     return torch.stack([torch.isfinite(x.flatten(1).sum(1)) for x in tensors]).all(0)
-
-
-def _exact_rows(
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    bad: torch.Tensor,
-    heads: torch.Tensor,
-    tensors: Grouped,
-    plan: SitePlan,
-    keep: torch.Tensor | None,
-) -> int:
-    """Compute bad rows [len(heads), groups, n_q] exactly; how many there were."""
-    count = int(bad.sum())
-    if count:
-        q, k, v = tensors
-        for at, g in bad.any(-1).nonzero().tolist():
-            h, rows = int(heads[at]), bad[at, g].nonzero().squeeze(1)
-            mine = None if keep is None else keep[h]
-            out[h, g, rows] = exact.rows_forward(q[h, g, rows], k[h], v[h], rows, plan, mine)
-            lse[h, g, rows] = -torch.inf
-    return count
 
 
 def _exact_heads(
@@ -266,7 +245,7 @@ def backward(
     if len(low) and result:
         some = q[low], k[low], v[low]
         kept = None if keep is None else keep[low]
-        bad = lse[low] == -torch.inf
+        bad = lse[low].isneginf()
         layout = Layout.of(some, plan, kept)
         n = q.shape[1] * q.shape[2]
         quiet = bad[..., None]
@@ -288,8 +267,7 @@ def backward(
         for name, x in made.items():
             tiles, like = (layout.of_queries, q) if name == "dQ" else (layout.of_keys, result[name])
             result[name][low] = tiles.scatter(x, n if name == "dQ" else k.shape[1]).view(len(low), *like.shape[1:])
-        for at, group in bad.any(-1).nonzero().tolist():
-            _add_exact_rows(result, int(low[at]), group, bad[at, group], tensors, g, plan, keep)
+        exact.add_row_gradients(result, lse.isneginf() & (tau > 0)[:, None, None], tensors, g, plan, keep)
     if len(high) and result:
         some = q[high], k[high][:, None], v[high][:, None]
         kept = None if keep is None else keep[high]
@@ -301,28 +279,6 @@ def backward(
             if name in result:
                 result[name][high] = x if name == "dQ" else x[:, 0]
     return result
-
-
-def _add_exact_rows(
-    result: dict[str, torch.Tensor],
-    h: int,
-    group: int,
-    bad: torch.Tensor,
-    tensors: Grouped,
-    g: torch.Tensor,
-    plan: SitePlan,
-    keep: torch.Tensor | None,
-) -> None:
-    q, k, v = tensors
-    rows = bad.nonzero().squeeze(1)
-    mine = None if keep is None else keep[h]
-    dq, dk, dv = exact.rows_backward(q[h, group, rows], k[h], v[h], g[h, group, rows], rows, plan, mine)
-    if "dQ" in result:
-        result["dQ"][h, group, rows] = dq
-    if "dK" in result:
-        result["dK"][h] += dk
-    if "dV" in result:
-        result["dV"][h] += dv
 
 
 def near_pairs(tensors: Grouped, plan: SitePlan, tau: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
