@@ -14,7 +14,7 @@ import torch
 
 from polyattn.codegen.spec import KernelSpec, Loop
 from polyattn.errors import ScheduleError
-from polyattn.rewriter.algebra.tensor import KEY_PLACE, KEY_TILE, QUERY_PLACE, QUERY_TILE
+from polyattn.rewriter.algebra.tensor import KEY_TILE, QUERY_PLACE, QUERY_TILE
 from polyattn.rewriter.masks.mask import Mask
 from polyattn.rewriter.planning.plan import Node, in_near_tiles, walk
 from polyattn.rewriter.rules.rule import ApproximateRule
@@ -92,8 +92,3 @@ def schedule_tiles(
 def of_queries(n: Node) -> bool:
     """Whether an input is one of tiles of queries."""
     return QUERY_TILE in n.axes
-
-
-def of_pairs(n: Node) -> bool:
-    """Whether a value is there for near pairs of tiles alone."""
-    return QUERY_PLACE in n.axes and KEY_PLACE in n.axes

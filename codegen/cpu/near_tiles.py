@@ -16,12 +16,11 @@ from polyattn.codegen.cpu.layout import number
 from polyattn.codegen.cpu.tile_products import TileProducts
 from polyattn.codegen.cpu.tile_values import AFTER, BLOCK, CHOSEN, END, HEAD, PAIRS, SIZES, in_bits
 from polyattn.codegen.cpu.units import Fused, Single, Stacked, Unit, units
-from polyattn.codegen.phases import of_pairs
 from polyattn.codegen.spec import KernelSpec
 from polyattn.errors import EmitError
 from polyattn.rewriter.algebra.expr import Kind
 from polyattn.rewriter.algebra.tensor import QUERY_TILE
-from polyattn.rewriter.planning.plan import Node, walk
+from polyattn.rewriter.planning.plan import Node, in_near_tiles, walk
 
 PAIR_ELEMENTS = 1 << 19
 """Pairs of tokens of near tiles that are computed at a time, so that they stay in the cache."""
@@ -61,42 +60,24 @@ class TileWriter(TileProducts):
         if n.op != "contract" or len(n.args) != 2 or n not in singles or self.uses.get(n, 0) != 1:
             return False
         patterns, result = n.attr
-        return bool({x for p in patterns for x in p} - set(result)) and not any(of_pairs(a) for a in n.args)
+        return bool({x for p in patterns for x in p} - set(result)) and not any(in_near_tiles(a.axes) for a in n.args)
 
     # -- order -------------------------------------------------------------------------------------------------------
 
     def _write(self, made: Sequence[Unit]) -> None:
+        """All units in order: first what the choice of near pairs reads, then the choice, then the others."""
         waiting = {n for _, n in self.reads}
-        pending: list[Unit] = []
-        done: set[Node] = set()
-
-        def ready(unit: Unit) -> bool:
-            return all(n in done for n in unit.needs)
-
         for unit in made:
-            late = isinstance(unit, Single) and (
-                unit.node.op == "mask" or (unit.node.op == "input" and str(unit.node.attr) in CHOSEN)
-            )
-            if (late and waiting) or not ready(unit):
-                pending.append(unit)
-                continue
+            if waiting and any(n.op == "mask" or (n.op == "input" and str(n.attr) in CHOSEN) for n in unit.makes):
+                raise EmitError(f"the choice of near pairs reads what waits for {unit.makes[0]}")
             self._unit(unit)
-            done.update(unit.makes)
-            waiting -= set(unit.makes)
-            if not waiting and late is False and unit.makes and not self._called:
-                self._choose()
-                for held in pending:
-                    self._unit(held)
-                    done.update(held.makes)
-                pending = []
-        if pending:
-            raise EmitError(f"the choice of near pairs waits for {pending[0]}")
+            if waiting:
+                waiting -= set(unit.makes)
+                if not waiting:
+                    self._choose()
         self._stores()
 
-    _called = False
-
     def _choose(self) -> None:
-        self._called = True
         read = ", ".join(f'"{name}": {self.values[n].name}' for name, n in self.reads)
         self.lines[BLOCK] += [
             f"chosen = choose(h, tiles, {{{read}}})",

@@ -89,22 +89,21 @@ def _written(spec: KernelSpec) -> LoopWriter | str:
 
 
 @functools.cache
-def _why_not(spec: KernelSpec) -> str | None:
-    """Why there is no code for a specification in tiles; None where there is."""
+def _in_tiles(spec: KernelSpec) -> TileWriter | str:
+    """The file of a specification in tiles, or why there is no code for it."""
     try:
-        TileWriter(spec)
+        return TileWriter(spec)
     except (EmitError, ScheduleError) as error:
         return str(error)
-    return None
 
 
 @functools.cache
 def _text(spec: KernelSpec) -> str:
-    if spec.tiled:
-        return TileWriter(spec).text()
-    writer = _written(spec)
+    writer = _in_tiles(spec) if spec.tiled else _written(spec)
     if isinstance(writer, str):
         raise EmitError(writer)
+    if isinstance(writer, TileWriter):
+        return writer.text()
     helpers = [text.strip("\n") for name, text in _HELPERS.items() if name in writer.draft.helpers]
     parts = [_header(spec, writer), _weights(writer.draft), *helpers, _run(spec, writer)]
     return "\n\n\n".join(parts) + "\n"
@@ -194,9 +193,7 @@ class CPUTarget(Target):
 
     def unsupported(self, spec: KernelSpec) -> str | None:
         """See :meth:`Target.unsupported`; found by writing the loops, once."""
-        if spec.tiled:
-            return _why_not(spec)
-        writer = _written(spec)
+        writer = _in_tiles(spec) if spec.tiled else _written(spec)
         return writer if isinstance(writer, str) else None
 
     def emit(self, spec: KernelSpec) -> str:

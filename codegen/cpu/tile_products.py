@@ -14,15 +14,15 @@ from polyattn.codegen.cpu.tile_values import (
     SIZES,
     TileValues,
     Value,
+    arranged,
     in_bits,
 )
 from polyattn.codegen.cpu.units import Fused, Part, Stacked
-from polyattn.codegen.phases import of_pairs
 from polyattn.codegen.spec import KernelSpec
 from polyattn.errors import EmitError
 from polyattn.rewriter.algebra.expr import Kind
 from polyattn.rewriter.algebra.tensor import KEY_PLACE, KEY_TILE, QUERY_PLACE, QUERY_TILE
-from polyattn.rewriter.planning.plan import Node
+from polyattn.rewriter.planning.plan import Node, in_near_tiles
 
 
 class TileProducts(TileValues):
@@ -52,16 +52,11 @@ class TileProducts(TileValues):
                 continue
             order = [places.index(p) if p in places else None for p in axes]
             order += [places.index(-1) if -1 in places else None]
-            present = [p for p in order if p is not None]
-            code = self.values[n].name
-            if present != sorted(present):
-                code = f"{code}.permute({', '.join(map(str, present))})"
-            if None in order:
-                code += f"[{', '.join('None' if p is None else ':' for p in order)}]"
+            code = arranged(self.values[n].name, order)
             codes.append(code if factor == "1" else f"{factor} * {code}")
         place = self._place([n for n, _, _ in parts if n is not None])
         full = len(parts) == 1 and set(axes) <= set(parts[0][1])
-        text = codes[0] if full else f"side_by_side(({self._sized(kinds)},), {', '.join(codes)})"
+        text = codes[0] if full else f"side_by_side(({', '.join(SIZES[kind] for kind in kinds)},), {', '.join(codes)})"
         if text.isidentifier():
             return Value(text, (*kinds, None), place, owned=False)
         if text not in self.stacks:
@@ -72,7 +67,7 @@ class TileProducts(TileValues):
 
     def _stacked(self, unit: Stacked) -> None:
         n = unit.node
-        pairs = of_pairs(n)
+        pairs = in_near_tiles(n.axes)
         if any(part.hidden for part in unit.parts):
             self.masked.add(n)
 
@@ -143,7 +138,7 @@ class TileProducts(TileValues):
         return None
 
     def _pair_product(self, n: Node) -> None:
-        sizes = [of_pairs(a) or self.values[a].axes[:1] == (None,) for a in n.args]
+        sizes = [in_near_tiles(a.axes) or self.values[a].axes[:1] == (None,) for a in n.args]
         at = sizes.index(True)
         patterns, result = n.attr
         reduced = tuple(p for p, x in enumerate(patterns[at]) if x not in result)

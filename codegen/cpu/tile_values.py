@@ -33,6 +33,16 @@ CHOSEN = ("SHIFT", "TOP")
 """Inputs that the choice of near pairs may yield."""
 
 
+def arranged(code: str, order: Sequence[int | None]) -> str:
+    """A value with its axes in an order, None for an axis of size one that it does not have."""
+    present = [p for p in order if p is not None]
+    if present != sorted(present):
+        code = f"{code}.permute({', '.join(map(str, present))})"
+    if None in order:
+        code += f"[{', '.join('None' if p is None else ':' for p in order)}]"
+    return code
+
+
 def in_bits(factor: str) -> str:
     """A factor of an exponent, as Python, for an exponential to the base 2."""
     plain = factor.replace(".", "").lstrip("-").isalnum()
@@ -96,10 +106,6 @@ class TileValues:
     def _place(self, needs: Sequence[Node]) -> int:
         """Where what reads some values is computed."""
         return max([HEAD, *(self.values[n].place for n in needs)])
-
-    def _sized(self, axes: Sequence[Kind | None]) -> str:
-        """A shape as Python; the number of pairs is that of the rows at hand."""
-        return ", ".join("len(a)" if kind is None else SIZES[kind] for kind in axes)
 
     def _single(self, n: Node) -> None:
         if n.op == "input":
@@ -177,12 +183,7 @@ class TileValues:
                 order[0] = None
         else:
             code = self.values[n].name
-        present = [p for p in order if p is not None]
-        if present != sorted(present):
-            code = f"{code}.permute({', '.join(map(str, present))})"
-        if None in order:
-            code += f"[{', '.join('None' if p is None else ':' for p in order)}]"
-        return code
+        return arranged(code, order)
 
     def _pair_axes(self, axes: tuple[Kind, ...]) -> tuple[Kind | None, ...]:
         return (None, *(kind for kind in axes if kind not in (QUERY_TILE, KEY_TILE)))
@@ -264,17 +265,16 @@ class TileValues:
             if a.op == "mask" and a.attr == "near":
                 continue  # the list of near pairs is the mask
             parts.append((a, self._aligned(a, place, order, n.axes), None not in order))
-        if any(a.op == "mask" for a, _, _ in parts):
-            ((a, code, _),) = [part for part in parts if part[0].op != "mask"]
+        far = [code for a, code, _ in parts if a.op == "mask"]
+        if far:
+            ((a, code, whole),) = [part for part in parts if part[0].op != "mask"]
             if a in self.hidden:
                 self._set(n, code, place, axes, self.values[a].owned)
                 return
-            ((_, hidden, _),) = [part for part in parts if part[0].op == "mask"]
-            ((a, code, whole),) = [part for part in parts if part[0].op != "mask"]
             if not whole:
                 raise EmitError(f"a mask wider than what it hides: {n}")
             suffix = "_" if self._may_overwrite(a) else ""
-            self._set(n, f"{code}.masked_fill{suffix}({hidden}, 0)", place, axes)
+            self._set(n, f"{code}.masked_fill{suffix}({far[0]}, 0)", place, axes)
             return
         if len(parts) == 1:
             a, code, _ = parts[0]

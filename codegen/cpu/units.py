@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 
 import sympy
 
-from polyattn.codegen.phases import of_pairs
 from polyattn.rewriter.algebra.tensor import KEY_PLACE, KEY_TILE, QUERY_PLACE, QUERY_TILE
-from polyattn.rewriter.planning.plan import Node, walk
+from polyattn.rewriter.planning.plan import Node, in_near_tiles, walk
 
 TOKENS_AND_TILES = {QUERY_TILE, QUERY_PLACE, KEY_TILE, KEY_PLACE}
 
@@ -181,7 +180,9 @@ def _group(n: Node) -> tuple[Node, tuple[int, ...], tuple[int, ...], Node | None
     if not _large(operand):
         return None
     reduced = tuple(p for p, x in enumerate(own) if x not in result)
-    if not reduced or (operand.axes[reduced[0]] in (QUERY_TILE, KEY_TILE) and of_pairs(operand) and len(reduced) < 2):
+    if not reduced or (
+        operand.axes[reduced[0]] in (QUERY_TILE, KEY_TILE) and in_near_tiles(operand.axes) and len(reduced) < 2
+    ):
         return None
     if len(n.args) == 1:
         kept = tuple(p for p, x in enumerate(own) if x in result)

@@ -97,8 +97,7 @@ def pipeline(form: Form, rule: ApproximateRule, gradient: str) -> tuple[Rule, ..
             STACK,
         )
     project = (PROJECT,) if gradient == "projected" else ()
-    stack = () if rule.keeps_names else (STACK,)
-    return (*lifting(form), *split, rule, *rule.then(gradient), *stack, *project)
+    return (*lifting(form), *split, rule, *rule.then(gradient), STACK, *project)
 
 
 @dataclass(frozen=True)

@@ -175,8 +175,6 @@ class Log:
         for name, value in costs.items():
             lines.append(f"  {name.ljust(wide)}  {write_leading(value, self.rule.growth)}")
             lines += _wrapped(["= " + write(value)], " " * (wide + 4))
-        if any(f"{name} backward" not in costs for name in _RATIO):
-            return lines
         r = self.rule.rank
         heavy = [cost.leading(costs[f"{name} backward"].coeff(r) * r, self.rule.growth) for name in _RATIO]
         ratio = _quotient(sympy.cancel(heavy[0] / heavy[1]))

@@ -10,9 +10,9 @@ import torch
 from polyattn.report.measure import TINY, Tensors, relative
 from polyattn.report.plots import Samples
 from polyattn.rewriter.families.family import Fit
+from polyattn.rewriter.families.moments import mean_of
 from polyattn.rewriter.masks.mask import Mask
 from polyattn.runtime import exact, execute
-from polyattn.runtime.row_checks import mean_value
 from polyattn.site_plan import SitePlan
 
 KEYS = 64
@@ -78,7 +78,7 @@ def sample(
         mine = (key_heads == c).nonzero().squeeze(1)
         b, h = divmod(c, k.shape[1])
         kept, part_of = (k[b, h].double(), v[b, h].double()), None if keep is None else keep[b]
-        apart = (kept[1] - mean_value(kept[1], part_of)).norm(dim=-1)
+        apart = (kept[1] - mean_of(kept[1], part_of)).norm(dim=-1)
         unit = (apart if part_of is None else apart.masked_fill(~part_of, 0)).max().clamp_min(TINY)
         for part in mine.split(max(1, exact.PAIRS // k.shape[2])):
             at = where[part].to(q.device)

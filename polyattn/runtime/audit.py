@@ -13,11 +13,11 @@ import math
 import torch
 
 from polyattn.options import Options
+from polyattn.rewriter.families.moments import mean_of
 from polyattn.runtime import exact, policy, registry
 from polyattn.runtime.exact import Grouped
 from polyattn.runtime.policy import AuditErrors
 from polyattn.runtime.registry import CallRecord, Entry
-from polyattn.runtime.row_checks import mean_value
 from polyattn.site_plan import SitePlan
 
 log = logging.getLogger("polyattn")
@@ -76,7 +76,7 @@ def measure(
         at = torch.tensor(sorted(chosen), device=q.device)
         mine = None if keep is None else keep[h]
         wanted = exact.rows_forward(q[h, g, at], k[h], v[h], at, plan, mine)
-        centre = mean_value(v[h], mine)[0]
+        centre = mean_of(v[h], mine)[0]
         around = v[h] if mine is None else v[h][mine]
         if not len(around):  # no key takes part: zero, as it must be
             continue

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 
+from polyattn.rewriter.families.moments import mean_of
 from polyattn.runtime.centring import Centred
 from polyattn.site_plan import SitePlan
 
@@ -38,18 +39,10 @@ def outputs(v: torch.Tensor, found: torch.Tensor, keep: torch.Tensor | None = No
     Args:
         keep: which values take part, bool [heads, n_k]; None: all.
     """
-    centre = mean_value(v, keep)
+    centre = mean_of(v, keep)
     sizes = torch.stack([(v - centre).norm(dim=-1), v.norm(dim=-1)])
     sizes = sizes if keep is None else sizes.masked_fill(~keep, 0)
     furthest, largest = sizes.amax(2)
     rounding = torch.finfo(v.dtype).eps ** 0.5 * largest
     inside: torch.Tensor = (found - centre[:, None]).norm(dim=-1) <= (REACH * furthest + rounding)[:, None, None]
     return ~inside
-
-
-def mean_value(v: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
-    """The mean of the values [..., n_k, e] that take part (``keep`` [..., n_k]; None: all): [..., 1, e]."""
-    if keep is None:
-        return v.mean(-2, keepdim=True)
-    share = keep.to(v.dtype)[..., None]
-    return (v.masked_fill(~keep[..., None], 0)).sum(-2, keepdim=True) / share.sum(-2, keepdim=True).clamp_min(1)

@@ -15,11 +15,11 @@ from typing import TypeVar
 
 import torch
 
+from polyattn.rewriter.families.moments import mean_of
 from polyattn.rewriter.masks.mask import NONE
 from polyattn.rewriter.tiles.family import THRESHOLD
 from polyattn.runtime import exact, tiled
 from polyattn.runtime.exact import ExactSoftmax, Grouped
-from polyattn.runtime.row_checks import mean_value
 from polyattn.runtime.tiled import Layout
 from polyattn.site_plan import SitePlan
 
@@ -119,7 +119,7 @@ class Check:
             self.rows.reshape(h, 1, -1, d), k[:, None], v[:, None], ExactSoftmax(plan.scale, NONE), keep
         )
         self.wanted = kernel[0].reshape(*self.rows.shape[:3], v.shape[-1])
-        centre = mean_value(v, keep)
+        centre = mean_of(v, keep)
         spread = (v - centre).norm(dim=-1)
         spread = spread if keep is None else spread.masked_fill(~keep, 0)
         self.radius = spread.amax(1).clamp_min(torch.finfo(v.dtype).tiny)

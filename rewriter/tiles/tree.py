@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from polyattn.rewriter.families.moments import covariance_of, mean_of
+
 VALUE_WEIGHT = 0.3
 """Weight of the values in what keys are compared by, relative to the keys themselves."""
 LEADING = 16
@@ -75,19 +77,6 @@ class Tiles:
         return out[:-1].view(h, n, *rest)
 
 
-def covariance(x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean [H, 1, d] and covariance [H, d, d] of x [H, n, d] over the valid tokens [H, n]."""
-    if valid is None:
-        mean = x.mean(1, keepdim=True)
-        x0, total = x - mean, x.shape[1]
-        return mean, x0.mT @ x0 / total
-    w = valid[..., None].to(x.dtype)
-    count = w.sum(1, keepdim=True).clamp_min(1)
-    mean = (x * w).sum(1, keepdim=True) / count
-    x0 = (x - mean) * w
-    return mean, x0.mT @ x0 / count
-
-
 def root(covariances: Tensor) -> Tensor:
     """L with L Lᵀ = Σ, [H, d, d]: it does for the square root, since only distances count and ‖x L‖² = x Σ xᵀ."""
     scale = covariances.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(covariances.dtype).tiny * 1e8)
@@ -103,9 +92,9 @@ def features(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> tu
     Distances of queries are those of their logits, and so are those of keys. The values are centred and scaled to
     ``VALUE_WEIGHT`` times the power of the features of keys. Keys that are not valid [H, m] have features 0.
     """
-    q_mean, q_covariance = covariance(q)
-    k_mean, k_covariance = covariance(k, valid)
-    v_mean = covariance_mean(v, valid)
+    q_mean, q_covariance = covariance_of(q)
+    k_mean, k_covariance = covariance_of(k, valid)
+    v_mean = mean_of(v, valid)
     of_q, of_k, of_v = (q - q_mean) @ root(k_covariance), (k - k_mean) @ root(q_covariance), v - v_mean
     if valid is not None:
         of_k, of_v = (x.masked_fill(~valid[..., None], 0) for x in (of_k, of_v))
@@ -123,14 +112,6 @@ def leading(x: Tensor) -> Tensor:
     directions = torch.linalg.eigh(power)[1][..., -LEADING:]
     made: Tensor = x @ directions
     return made
-
-
-def covariance_mean(x: Tensor, valid: Tensor | None) -> Tensor:
-    """The mean [H, 1, e] of the valid rows of x [H, n, e]."""
-    if valid is None:
-        return x.mean(1, keepdim=True)
-    w = valid[..., None].to(x.dtype)
-    return (x.masked_fill(~valid[..., None], 0)).sum(1, keepdim=True) / w.sum(1, keepdim=True).clamp_min(1)
 
 
 def tree(x: Tensor, shape: Shape, valid: Tensor | None = None) -> Tiles:
