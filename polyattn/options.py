@@ -86,7 +86,8 @@ class Options:
     exact_keys: tuple[int, ...] = ()
     """Positions of further keys that stay exact for every query, such as an attention sink at 0."""
     causal_chunk: int | None = None
-    """Tokens per chunk under a causal mask (exact exp inside a chunk); None chooses one near the rank."""
+    """Tokens per chunk under a causal mask (exact exp inside a chunk), of clustered attention at least so many per
+    segment; None chooses, a chunk near the rank."""
     audit_rows: int = 64
     """Rows of an audited call that are computed exactly and compared (0: no audit; ``auto`` then stays exact)."""
     audit_every: int = 8

@@ -22,7 +22,7 @@ from polyattn.passes.derive.kernels import Kernels, kernels
 from polyattn.rewriter.algebra.tensor import CHUNK, D1, E1, N_K, N_Q, D, E
 from polyattn.rewriter.families.family import FeatureFamily, Fit
 from polyattn.rewriter.families.registry import families
-from polyattn.rewriter.masks.mask import CAUSAL, LOCAL_WINDOW, NEAR_TILES, NONE, Mask
+from polyattn.rewriter.masks.mask import CAUSAL, LOCAL_WINDOW, NONE, Mask
 
 Centring = Literal["none", "call", "first_chunk"]
 """Which tokens the means are taken of that queries and keys are centred by: no centring, all of a call, or the first
@@ -70,7 +70,8 @@ class SitePlan:
     scale: float
     """Factor of the logits."""
     chunk: int = 0
-    """Tokens per chunk where the mask has chunks; 0 where it has none."""
+    """Tokens per chunk where the mask has chunks, of the shortest segment where it has tiles and is causal; 0 where it
+    has neither."""
     centring: Centring = "none"
     outliers: OutlierKeys = field(default_factory=OutlierKeys)
     projection: ProjectionRanks = field(default_factory=ProjectionRanks)
@@ -105,14 +106,16 @@ class SitePlan:
         else:
             mask = own
         target = targets.of_device(torch.device(device))
-        if mask is NEAR_TILES and not target.tiles and options.policy == "auto":
+        if mask.tiled and not target.tiles and options.policy == "auto":
             refusal = f"programs in tiles have no code for {device} yet, and plain torch would be slower than exact"
         if mask is LOCAL_WINDOW:
             chunk = options.local_window or 0
+        elif mask.tiled and mask.hides:
+            chunk = options.causal_chunk or 0
         elif mask is CAUSAL:
             chunk = options.causal_chunk or family.chunk_length(d, targets.of_device(torch.device(device)).chunk_length)
         centring: Centring = "none" if not options.centring else options.causal_stats if causal else "call"
-        centring = "none" if mask is NEAR_TILES else centring  # deviations from means are part of the form
+        centring = "none" if mask.tiled else centring  # deviations from means are part of the form
         gradient: Gradient = "consistent"
         if options.gradient == "substituted":
             gradient = "substituted" if options.key_directions is None else "projected"
@@ -146,7 +149,7 @@ class SitePlan:
     @property
     def tiled(self) -> bool:
         """Whether tokens are in tiles of similar ones, whose near pairs every call finds."""
-        return self.mask is NEAR_TILES
+        return self.mask.tiled
 
     @property
     def seen(self) -> str:
@@ -198,6 +201,7 @@ class SitePlan:
     def __str__(self) -> str:
         parts = [self.family.describe(), f"{self.mask.name} mask", f"{self.gradient} gradient"]
         parts += [f"chunks of {self.chunk}"] if self.mask.chunked else []
+        parts += [f"segments of {self.chunk} or more"] if self.mask.tiled and self.mask.hides else []
         parts += [f"centred by {self.centring.replace('_', ' ')}"] if self.centring != "none" else []
         parts += ["key padding"] if self.padding else []
         parts += [f"{self.outliers.total} outlier keys"] if self.outliers else []

@@ -127,7 +127,7 @@ def for_values(
     """What the low-rank form of grouped tensors makes of other values [heads, n_k, c]: it is linear in them."""
     if plan.tiled:
         assert fitted is not None, "a form in tiles has thresholds"
-        return tiled.for_values(tensors, values, plan, fitted[:, 0].to(values.dtype), keep)
+        return tiled.for_values(tensors, values, plan, fitted.to(values.dtype), keep)
     return approximate(tensors[0], tensors[1], values, plan, fitted, keep).out
 
 
@@ -162,13 +162,15 @@ def forward(
 
 def near_pairs(
     tensors: Grouped, plan: SitePlan, fitted: torch.Tensor | None, keep: torch.Tensor | None, head: int
-) -> torch.Tensor:
-    """Which pairs of tiles of a key head [tiles of queries, tiles of keys] are near, bool, on the CPU."""
+) -> torch.Tensor | None:
+    """Which pairs of tiles of a key head [tiles of queries, tiles of keys] are near, bool, on the CPU; under a causal
+    mask those of the largest block, None where there is none."""
     assert fitted is not None, "a form in tiles has thresholds"
     one = slice(head, head + 1)
     q, k, v = (x[one] for x in tensors)
-    tau = fitted[head % len(fitted)].to(q.dtype)
-    return tiled.near_pairs((q, k, v), plan, tau, None if keep is None else keep[one])[0].cpu()
+    tau = fitted[None, head % len(fitted)].to(q.dtype)
+    found = tiled.near_pairs((q, k, v), plan, tau, None if keep is None else keep[one])
+    return None if found is None else found[0].cpu()
 
 
 def exact_rows(
@@ -182,9 +184,9 @@ def exact_rows(
     if not plan.tiled:
         return forward(*tensors, plan, fitted, radius, keep).denominators <= 0
     assert fitted is not None, "a form in tiles has thresholds"
-    tau = fitted[:, 0].to(tensors[0].dtype).repeat(len(tensors[1]) // len(fitted))
-    made = tiled.forward(*tensors, plan, tau, keep)
-    return made.denominators.isneginf() | (made.tau == 0)[..., None]
+    tau = fitted.to(tensors[0].dtype).repeat(len(tensors[1]) // len(fitted), 1)
+    made = tiled.forward(tensors, plan, tiled.kept(tau), keep)
+    return made.denominators.isneginf() | ~made.tau.any(1)[:, None, None]
 
 
 def backward(
@@ -213,7 +215,7 @@ def backward(
     if plan.tiled:
         assert fitted is not None, "a call in tiles hands its thresholds on"
         some_of = tuple(name for name, need in zip(("dQ", "dK", "dV"), needs, strict=True) if need)
-        found = tiled.backward(gs, (qs, ks, vs), outs, stats, plan, fitted[:, 0], some_of, keep)
+        found = tiled.backward(gs, (qs, ks, vs), outs, stats, plan, fitted.to(qs.dtype), some_of, keep)
         return found.get("dQ"), found.get("dK"), found.get("dV")
     bad = stats <= 0
     quiet = bad | stats.isposinf()  # rows that are exact, and rows that see no key, add nothing to the sums

@@ -20,16 +20,18 @@ from polyattn.passes.derive.kernels import exact_cost, kernels
 from polyattn.passes.match.site import Site
 from polyattn.rewriter.algebra.tensor import N_K, NEAR_SHARE
 from polyattn.rewriter.families.family import Fit
-from polyattn.rewriter.masks.mask import NEAR_TILES, NONE, Mask
+from polyattn.rewriter.masks.mask import NONE, Mask
 from polyattn.rewriter.rules.rule import ApproximateRule
 from polyattn.rewriter.tiles.family import TYPICAL_SHARE
-from polyattn.runtime import thresholds
+from polyattn.runtime import thresholds, tile_layout
 from polyattn.runtime.state import Audit, Decision, HeadState, SiteState, Verdict
 from polyattn.site_plan import SitePlan
 
 FAILED_ROWS, DEFAULT_WAIT = 1 / 8, 8
 """The part of a call's rows, computed exactly, from which on features are fitted anew; calls between two fits where no
 audit repeats."""
+SEGMENT = 8
+"""Tiles of a segment under a causal mask, where a form in tiles is asked for whatever it costs."""
 
 
 class AuditErrors(NamedTuple):
@@ -44,7 +46,7 @@ class AuditErrors(NamedTuple):
 
 def _exact_cost(mask: Mask) -> sympy.Expr:
     """FLOPs per head of exact attention under a mask, in symbols."""
-    return sympy.expand(exact_cost(softmax(NONE if mask is NEAR_TILES else mask)) * mask.share)
+    return sympy.expand(exact_cost(softmax(mask.exact)) * mask.share)
 
 
 @functools.cache
@@ -52,7 +54,8 @@ def symbolic_costs(
     form: Form, rule: ApproximateRule, gradient: str, projected_values: bool = False
 ) -> tuple[sympy.Expr, sympy.Expr]:
     """FLOPs per head, forward and backward, of exact attention and of the low-rank plan, in the rule's symbols."""
-    return _exact_cost(form.mask), kernels(form, rule, gradient).cost(projected_values)
+    after = kernels(form, rule, gradient).cost(projected_values)
+    return _exact_cost(form.mask), sympy.expand(after * form.mask.share) if form.mask.tiled else after
 
 
 def costs(shape: Mapping[str, int], plan: SitePlan) -> tuple[int, int]:
@@ -91,10 +94,8 @@ def _decide(shape: Mapping[str, int], plan: SitePlan, options: Options) -> SiteS
     """The state of a site with one form; nothing is derived where sizes and device tell that it is exact."""
     verdict: Verdict = "low_rank"
     why = plan.refusal
-    if not why and plan.tiled and options.policy == "auto":
-        seconds = thresholds.seconds(TYPICAL_SHARE, plan, shape["n_q"], shape["n_k"])
-        if seconds >= 1:
-            why = f"tiles would take {seconds:.2f} times as long as exact attention at this length"
+    if not why and plan.tiled:
+        plan, why = _in_tiles(shape, plan, options)
     if why:
         whole = _exact_cost(plan.mask)
         before = int(whole.subs(plan.sizes(shape))) * shape["batch"] * shape["kv_heads"]
@@ -116,6 +117,25 @@ def _decide(shape: Mapping[str, int], plan: SitePlan, options: Options) -> SiteS
     decision = Decision(verdict, reason, plan, dict(shape), before, after, *symbolic, seen=plan.seen)
     state = SiteState(decision)
     return state if verdict == "low_rank" else become_exact(state, reason)
+
+
+def _in_tiles(shape: Mapping[str, int], plan: SitePlan, options: Options) -> tuple[SitePlan, str]:
+    """The plan of a site in tiles with the length of its segments, and why it is exact; empty where it is not."""
+    n_q, n_k = shape["n_q"], shape["n_k"]
+    if plan.mask.hides:
+        if n_q != n_k:
+            return plan, f"a causal mask on {n_q} queries and {n_k} keys has no form in tiles"
+        if not plan.chunk:
+            width = tile_layout.family_of(plan).tile_width(n_q)
+            least = thresholds.worth(TYPICAL_SHARE, plan) if options.policy == "auto" else SEGMENT * width
+            plan = dataclasses.replace(plan, chunk=least)
+        if n_q < 2 * plan.chunk:
+            return plan, f"under a causal mask tiles need two segments of {plan.chunk} tokens"
+    if options.policy == "auto":
+        seconds = thresholds.seconds_of_call(TYPICAL_SHARE, plan, n_q, n_k)
+        if seconds >= 1:
+            return plan, f"tiles would take {seconds:.2f} times as long as exact attention at this length"
+    return plan, ""
 
 
 OTHER = "neither causal nor key padding"

@@ -18,13 +18,14 @@ import torch
 from polyattn.rewriter.families.moments import mean_of
 from polyattn.rewriter.masks.mask import NONE
 from polyattn.rewriter.tiles.family import THRESHOLD
-from polyattn.runtime import exact, tiled
-from polyattn.runtime.exact import ExactSoftmax, Grouped
-from polyattn.runtime.tiled import Layout
+from polyattn.rewriter.tiles.near import Others
+from polyattn.runtime import exact, tile_layout, tiled, tiled_block
+from polyattn.runtime.exact import ExactSoftmax
+from polyattn.runtime.tiled import Step
 from polyattn.site_plan import SitePlan
 
-TILES, ROWS = 16, 16
-"""Tiles of a head that are looked at, and rows of each."""
+TILES, ROWS, FEW = 16, 16, 4
+"""Tiles of a head that are looked at, and rows of each; of few tiles at least so many, else half of them."""
 OVER = 0.01
 """The part of the rows that may err by more than the additive tolerance."""
 RELATIVE, GRADIENT = 0.8, 0.3
@@ -51,9 +52,24 @@ Numbers = TypeVar("Numbers", float, torch.Tensor)
 
 def seconds(share: Numbers, plan: SitePlan, n_q: int, n_k: int) -> Numbers:
     """Predicted seconds of heads of these shares of near pairs, in those of exact attention."""
-    family = tiled.family_of(plan)
+    family = tile_layout.family_of(plan)
     tiles = 1 / family.tile_width(n_q) + 1 / family.tile_width(n_k)
     return share * NEAR_COST + FAR_COST * tiles + FIXED_COST / (n_q * n_k)
+
+
+def seconds_of_call(share: float, plan: SitePlan, n_q: int, n_k: int) -> float:
+    """The same of a call whose blocks have this share of near pairs."""
+    cut = tiled.blocks_of(plan, n_q, n_k)
+    total = sum(min(1.0, seconds(share, plan, *block.shape)) * block.pairs for block in cut.blocks)
+    return (cut.own_pairs + total) / cut.pairs
+
+
+def worth(share: float, plan: SitePlan) -> int:
+    """Tokens of the smallest block that is faster in tiles, a power of two."""
+    tokens = 16
+    while seconds(share, plan, tokens, tokens) >= 1:
+        tokens *= 2
+    return tokens
 
 
 @dataclass(frozen=True)
@@ -68,7 +84,7 @@ class Errors:
 
     def used(self, plan: SitePlan) -> torch.Tensor:
         """The part of its tolerances that a head uses: at most 1 where it keeps them."""
-        family = tiled.family_of(plan)
+        family = tile_layout.family_of(plan)
         relative = min(RELATIVE * family.relative_tolerance, GRADIENT * family.gradient_tolerance)
         return torch.maximum(self.additive / family.tolerance, self.relative / relative)
 
@@ -78,47 +94,48 @@ class Errors:
 
 
 class Check:
-    """Some rows of a call, exactly, beside which thresholds are tried.
+    """Some rows of a block, exactly, beside which thresholds are tried.
 
     Args:
-        layout: the tiles of the call's heads.
+        step: the block, with what its queries attend to beside it as far as that is known.
         heads: the number of key heads; batch elements of one are judged together.
     """
 
-    def __init__(
-        self,
-        tensors: Grouped,
-        layout: Layout,
-        plan: SitePlan,
-        heads: int,
-        keep: torch.Tensor | None,
-        generator: torch.Generator,
-    ) -> None:
-        self.layout, self.plan, self.heads = layout, plan, heads
+    def __init__(self, step: Step, heads: int, generator: torch.Generator) -> None:
+        self.layout, self.plan, self.heads = step.layout, step.plan, heads
+        layout, keep = step.layout, step.keep
         h, tiles, width, d = layout.q.shape
-        count = max(1, min(TILES, tiles // 2))
+        known, held = layout.known, layout.of_queries.valid
+        regular = tiles if known is None else known.count  # pairs of the others are all near
+        count = max(min(regular, FEW), min(TILES, regular // 2))
         device = layout.q.device
-        order = torch.rand(h, tiles, generator=generator).to(device)
-        order = order.masked_fill(~layout.of_queries.valid.any(2), -1)  # empty tiles last
+        order = torch.rand(h, tiles, generator=generator).to(device)[:, :regular]
+        order = order.masked_fill(~held.any(2)[:, :regular], -1)  # empty tiles last
         self.tiles = order.argsort(1, descending=True)[:, :count]  # [H, S]
         rows = torch.rand(h, count, width, generator=generator).to(device)
-        held = self._of_tiles(layout.of_queries.valid)
-        rows = rows.masked_fill(~held, -1).argsort(2, descending=True)[:, :, : min(ROWS, width)]
-        self.valid = held.gather(2, rows)
+        held = self._of_tiles(held)
+        self._some = rows.masked_fill(~held, -1).argsort(2, descending=True)[:, :, : min(ROWS, width)]
+        self.valid = held.gather(2, self._some)
         if keep is not None:
             self.valid &= keep.any(1)[:, None, None]
-        q = self._of_tiles(layout.q)
-        self.rows = q.gather(2, rows[..., None].expand(-1, -1, -1, d))  # [H, S, R, d]
-        means = (layout.share_q[..., None] * layout.q).sum(2)
-        delta = (layout.q - means[:, :, None]) * layout.share_q[..., None].sqrt()
-        self.means = means
-        of_tiles = self._of_tiles(delta)
-        self.sigma = plan.scale**2 * (of_tiles.mT @ of_tiles)
-        _, k, v = tensors
-        kernel = exact.forward(
-            self.rows.reshape(h, 1, -1, d), k[:, None], v[:, None], ExactSoftmax(plan.scale, NONE), keep
+        self.rows = self._of_rows(layout.q)  # [H, S, R, d]
+        if known is None:
+            self.means = (layout.share_q[..., None] * layout.q).sum(2)
+            delta = self._of_tiles((layout.q - self.means[:, :, None]) * layout.share_q[..., None].sqrt())
+            self.sigma = step.plan.scale**2 * (delta.mT @ delta)
+        else:
+            self.means, self.sigma = known.means, self._of_tiles(known.sigma)
+        self.before = None
+        if step.before is not None:
+            known_out, known_lse = (self._of_rows(layout.rows(x)) for x in step.before)
+            self.before = known_out, known_lse
+        _, k, v = step.tensors
+        out, lse = exact.forward(
+            self.rows.reshape(h, 1, -1, d), k[:, None], v[:, None], ExactSoftmax(step.plan.scale, NONE), keep
         )
-        self.wanted = kernel[0].reshape(*self.rows.shape[:3], v.shape[-1])
+        shape = self.rows.shape[:3]
+        self.wanted = self._beside(out.reshape(*shape, v.shape[-1]), lse.reshape(shape))
+        v, keep = step.seen, step.seen_keep
         centre = mean_of(v, keep)
         spread = (v - centre).norm(dim=-1)
         spread = spread if keep is None else spread.masked_fill(~keep, 0)
@@ -129,6 +146,15 @@ class Check:
         index = self.tiles.view(*self.tiles.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
         return x.gather(1, index)
 
+    def _of_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """[H, A, T, ...] → [H, S, R, ...]"""
+        index = self._some.view(*self._some.shape, *[1] * (x.ndim - 3)).expand(-1, -1, -1, *x.shape[3:])
+        return self._of_tiles(x).gather(2, index)
+
+    def _beside(self, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+        """Outputs of the rows over the keys of the block and those that had their turn."""
+        return out if self.before is None else tiled_block.merged(*self.before, out, lse)[0]
+
     def errors(self, tau: torch.Tensor) -> Errors:
         """What thresholds [heads] yield."""
         layout, plan = self.layout, self.plan
@@ -138,11 +164,19 @@ class Check:
         share = torch.zeros_like(q[..., 0])
         share[..., -1] = 1  # the mean of a tile is that of all of its rows
         choice = layout.choice(plan, tau.to(q.dtype).repeat(h // self.heads))
-        choice.q, choice.share_q, choice.means, choice.sigma = q, share, self.means, self.sigma
+        choice.q, choice.share_q, choice.sigma = q, share, self.sigma
+        if layout.known is None:
+            choice.means = self.means
+        else:
+            others = layout.known.others
+            choice.others = Others(self._of_tiles(others.lse), self._of_tiles(others.out))
+            choice.whole = self._of_tiles(layout.known.whole)
         choice.near = q.new_zeros(h, count, layout.k.shape[1], dtype=torch.bool)
+        choice.shifts = torch.zeros_like(share)
         inputs = {**layout.inputs(), "Q": q, "W_Q": share}
         inputs["FLOOR"] = inputs["FLOOR"][:, :count]
-        made = tiled.run(layout.kernels(plan).forward, inputs, plan, choice)["O"][:, :, :-1]
+        found = tile_layout.run(layout.kernels(plan).forward, inputs, plan, choice)
+        made = self._beside(found["O"][:, :, :-1], (found["D"].log() + choice.shifts)[:, :, :-1])
         error2 = (made - self.wanted).square().sum(-1)
         row = (error2.sqrt() / self.radius[:, None, None]).masked_fill(~self.valid, 0)
         row = torch.where(torch.isfinite(row), row, torch.inf)
@@ -170,6 +204,10 @@ class Found:
     tau: torch.Tensor
     following: torch.Tensor
     errors: Errors
+
+    def exact_where(self, now: torch.Tensor, following: torch.Tensor) -> Found:
+        """The same with heads that are exact in the call, and in the next one."""
+        return Found(self.tau.masked_fill(now, 0), self.following.masked_fill(following, 0), self.errors)
 
 
 def search(check: Check, tolerance: float) -> Found:

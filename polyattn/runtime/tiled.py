@@ -1,146 +1,80 @@
-"""Attention in tiles of a call's tensors: tokens into tiles, the emitted kernels, and tokens back in their order.
+"""Attention in tiles of a call's tensors, a block of its pairs after the other.
 
-Tensors are grouped by key head: queries [H, groups, n_q, d], keys [H, n_k, d], values [H, n_k, e]; queries of all
-groups share the tiles of their key head. Heads whose threshold is 0 are exact, by torch's kernel; so are heads with
-numbers that are not finite. What a forward hands to its backward beside the output are logarithms of the rows' sums
-(−inf for rows computed exactly, inf for rows that see no key) and the thresholds; tiles and near pairs are found again,
-from the same tensors.
+Without a mask all pairs are one block. Under a causal mask the pairs inside of segments are exact, and all earlier ones
+come in blocks without a mask (:mod:`polyattn.rewriter.tiles.blocks`), whose tiles of queries are those of earlier
+queries, so that nothing about a query depends on later tokens.
+
+What a forward hands to its backward beside the output are logarithms of the rows' sums (−inf for rows computed exactly,
+inf for rows that see no key) and the thresholds; tiles and near pairs are found again, from the same tensors. Tensors
+are grouped as in :mod:`polyattn.runtime.tile_layout`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from polyattn.codegen import targets
-from polyattn.codegen.spec import KernelSpec
-from polyattn.passes.derive.forms import softmax
-from polyattn.passes.derive.kernels import Kernels, kernels
-from polyattn.rewriter.algebra import monomials
 from polyattn.rewriter.families.family import Fit
-from polyattn.rewriter.masks.mask import NEAR_TILES, NONE
-from polyattn.rewriter.tiles.family import TiledFamily
-from polyattn.rewriter.tiles.near import NearPairs
-from polyattn.rewriter.tiles.tree import Shape, Tiles, features, tree
-from polyattn.runtime import exact, row_checks
+from polyattn.rewriter.tiles.blocks import MOST, Block, Blocks
+from polyattn.runtime import exact, segments, tile_layout, tiled_block
 from polyattn.runtime.exact import ExactSoftmax, Grouped
+from polyattn.runtime.tile_layout import Layout, Past
 from polyattn.site_plan import SitePlan
 
-BLOCK_ELEMENTS = 1 << 19
-"""Elements of the values that a block of tiles of queries has for every key: they are to stay in the cache."""
-LOST = 1 / 8
-"""A head with more rows than this part that are no softmax's is computed exactly."""
-NOTHING = -85.0
-"""The logarithm of the factor of a place without a key, whose exponential is no number but 0 for all purposes."""
 
-
-def family_of(plan: SitePlan) -> TiledFamily:
-    """The family of a plan in tiles."""
-    assert isinstance(plan.family, TiledFamily)
-    return plan.family
+def blocks_of(plan: SitePlan, n_q: int, n_k: int) -> Blocks:
+    """The blocks of a call; under a causal mask none where it is short, or where queries and keys are not the same."""
+    if not plan.mask.hides:
+        return Blocks.whole(n_q, n_k)
+    return Blocks.of(n_q, plan.chunk if n_q == n_k else n_q)
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The tokens of some heads in tiles."""
+class Step:
+    """A block of a call when its turn comes."""
 
-    of_queries: Tiles
-    of_keys: Tiles
-    q: torch.Tensor
-    """[H, A, T_q, d]"""
-    k: torch.Tensor
-    v: torch.Tensor
-    share_q: torch.Tensor
-    """[H, A, T_q]: what a query counts in the mean of its tile."""
-    share_k: torch.Tensor
+    number: int
+    block: Block
+    tensors: Grouped
+    """Those of the block."""
+    keep: torch.Tensor | None
+    plan: SitePlan
+    seen: torch.Tensor
+    """Values that all of its queries see, beside others: [H, n, e]."""
+    seen_keep: torch.Tensor | None
+    past: Past | None = None
+    """Queries before those of the block; None: there is no order of tokens."""
+    before: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Outputs and logarithms of sums of its queries over keys that had their turn; None: there are none."""
 
-    @classmethod
-    def of(cls, tensors: Grouped, plan: SitePlan, keep: torch.Tensor | None) -> Layout:
-        """Tiles of grouped tensors; keys that are not kept [H, n_k] are in none."""
-        q, k, v = tensors[0].flatten(1, 2), tensors[1], tensors[2]
-        family = family_of(plan)
-        of_q, of_k = features(q, k, v, keep)
-        queries = tree(of_q, Shape.of(q.shape[1], family.tile_width(tensors[0].shape[2])))
-        keys = tree(of_k, Shape.of(k.shape[1], family.tile_width(k.shape[1])), keep)
-        del of_q, of_k  # as large as half of q and k
-        shares = (_shares(tiles, q.dtype) for tiles in (queries, keys))
-        return cls(queries, keys, queries.gather(q), keys.gather(k), keys.gather(v), *shares)
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """Tiles of all heads."""
+        return self.layouts(torch.arange(len(self.tensors[0]), device=self.tensors[0].device))
 
-    @property
-    def weighted(self) -> bool:
-        """Whether places of tiles of keys are empty."""
-        return not self.of_keys.full
-
-    def kernels(self, plan: SitePlan) -> Kernels:
-        """The specifications for this layout."""
-        return kernels(softmax(NEAR_TILES, self.weighted), family_of(plan).rule, plan.gradient)
-
-    def inputs(self) -> dict[str, torch.Tensor]:
-        """The inputs of the kernels that do not depend on the choice of near pairs."""
-        floor = torch.full_like(self.share_q[..., 0], torch.finfo(self.q.dtype).tiny)
-        made = {"Q": self.q, "K": self.k, "V": self.v, "W_Q": self.share_q, "W_K": self.share_k, "FLOOR": floor}
-        if self.weighted:
-            valid = self.of_keys.valid
-            made["LOG_B"] = torch.zeros_like(self.share_k).masked_fill_(~valid, NOTHING)
-        return made
-
-    def choice(self, plan: SitePlan, tau: torch.Tensor) -> NearPairs:
-        """The choice of near pairs, with thresholds [H]."""
-        return NearPairs(self.q, self.k, self.v, self.share_q, self.share_k, plan.scale, tau)
-
-    def some(self, heads: torch.Tensor) -> Layout:
-        """The layout of some of the heads."""
-        q, k = (Tiles(tiles.index[heads], tiles.valid[heads], tiles.full) for tiles in (self.of_queries, self.of_keys))
-        rest = (x[heads] for x in (self.q, self.k, self.v, self.share_q, self.share_k))
-        return Layout(q, k, *rest)
+    def layouts(self, heads: torch.Tensor) -> Layout:
+        """Tiles of some heads, in order."""
+        everything = len(heads) == len(self.tensors[0])
+        if "layout" in self.__dict__:
+            return self.layout if everything else self.layout.some(heads)
+        some, keep, past = self.tensors, self.keep, self.past
+        if not everything:
+            some = some[0][heads], some[1][heads], some[2][heads]
+            keep = None if keep is None else keep[heads]
+            past = None if past is None else Past(*(x[heads] for x in past))
+        return Layout.of(some, self.plan, keep) if past is None else Layout.after(past, some, self.plan, keep)
 
 
-def _shares(tiles: Tiles, dtype: torch.dtype) -> torch.Tensor:
-    valid = tiles.valid.to(dtype)
-    return valid / valid.sum(2, keepdim=True).clamp_min(1)
+Thresholds = Callable[[Step], torch.Tensor]
+"""The thresholds [H] of a block."""
 
 
-def run(
-    spec: KernelSpec, inputs: dict[str, torch.Tensor], plan: SitePlan, choice: NearPairs
-) -> dict[str, torch.Tensor]:
-    """One specification in tiles over all heads."""
-    q, k = inputs["Q"], inputs["K"]
-    block = max(1, BLOCK_ELEMENTS // (k.shape[1] * k.shape[2]))
-    return targets.run(spec, inputs, {"s": plan.scale}, monomials.full(q.shape[-1], 0), block, choice)
-
-
-@dataclass(frozen=True)
-class TiledForward:
-    """What the kernels make of a layout."""
-
-    out: torch.Tensor
-    """[H, groups, n_q, e]"""
-    lse: torch.Tensor
-    """Logarithms of the rows' sums, [H, groups, n_q]."""
-    share: torch.Tensor
-    """The share of the pairs of tiles that were near, [H]."""
-
-
-def approximate(
-    tensors: Grouped, layout: Layout, plan: SitePlan, tau: torch.Tensor, near: torch.Tensor | None = None
-) -> TiledForward:
-    """The form of a family in tiles in all heads of a layout, with thresholds [H].
-
-    Args:
-        near: [H, A, B] bool, which is filled with what is near; None: it is not kept.
-    """
-    q, v = tensors[0], tensors[2]
-    choice = layout.choice(plan, tau)
-    choice.near = q.new_zeros(*layout.q.shape[:2], layout.k.shape[1], dtype=torch.bool) if near is None else near
-    choice.shifts = torch.zeros_like(layout.share_q)
-    made = run(layout.kernels(plan).forward, layout.inputs(), plan, choice)
-    lse = made["D"].log() + choice.shifts
-    n = q.shape[1] * q.shape[2]
-    out = layout.of_queries.scatter(made["O"], n).view(*q.shape[:3], v.shape[-1])
-    share = choice.near.flatten(1).to(torch.float32).mean(1)
-    return TiledForward(out, layout.of_queries.scatter(lse, n).view(q.shape[:3]), share)
+def kept(tau: torch.Tensor) -> Thresholds:
+    """Thresholds [H, blocks] that are known."""
+    return lambda step: tau[:, step.number]
 
 
 @dataclass(frozen=True)
@@ -152,75 +86,112 @@ class Forward:
     """Logarithms of the rows' sums: −inf for rows computed exactly, inf for rows that see no key."""
     exact_rows: int
     tau: torch.Tensor
-    """[H, 1]: the threshold of each head, 0 where it was exact."""
+    """[H, blocks]: the thresholds of each head, 0 where it was exact, and where there is no block."""
     share: torch.Tensor
-    """[H]: the share of the pairs that was computed exactly."""
+    """[H]: the share of the visible pairs that was computed exactly."""
 
     def packed(self, fit: Fit) -> torch.Tensor:
         """What the operator hands to its backward: the thresholds of each batch element, 0 where it was exact."""
         return self.tau.clone()
 
 
+def sound(tensors: Grouped) -> tuple[Grouped, torch.Tensor]:
+    """The tensors with zeros in place of heads with numbers that are not finite, and which heads are others, [H]."""
+    fine = torch.stack([torch.isfinite(x.flatten(1).sum(1)) for x in tensors]).all(0)
+    if bool(fine.all()):
+        return tensors, fine
+    q, k, v = (x.masked_fill(~fine.view(-1, *[1] * (x.ndim - 1)), 0) for x in tensors)
+    return (q, k, v), fine
+
+
 def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    tensors: Grouped,
     plan: SitePlan,
-    tau: torch.Tensor,
+    thresholds: Thresholds,
     keep: torch.Tensor | None = None,
-    layout: Layout | None = None,
+    dtype: torch.dtype | None = None,
+    values: torch.Tensor | None = None,
 ) -> Forward:
     """The form in tiles where a head's threshold is positive, exact attention elsewhere.
 
+    Heads with numbers that are not finite are exact.
+
     Args:
-        tau: the threshold of each head, [H].
         keep: which keys take part, bool [H, n_k]; None: all. A row that sees no key is 0.
-        layout: the tiles of all heads, where there are some already.
+        dtype: that in which the output will be kept for the backward; None: its own.
+        values: the values whose outputs are wanted, the first columns of which are those of the tensors; None: those.
     """
-    tensors = q, k, v
-    tau = torch.where(_finite(tensors), tau.to(q.dtype), 0)
-    if keep is not None:
-        tau = torch.where(keep.any(1), tau, 0)
-    out, lse = q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3])
-    share, rows = torch.ones_like(tau), 0
-    low = (tau > 0).nonzero().squeeze(1)
-    if len(low):
-        everything = len(low) == len(q)
-        some = tensors if everything else (q[low], k[low], v[low])
-        kept = keep if keep is None or everything else keep[low]
-        if layout is None:
-            layout = Layout.of(some, plan, kept)
-        elif not everything:
-            layout = layout.some(low)
-        made = approximate(some, layout, plan, tau[low])
-        bad = ~torch.isfinite(made.lse) | row_checks.outputs(some[2], made.out, kept)
-        whole = bad.flatten(1).to(torch.float32).mean(1) > LOST
-        out[low], lse[low], share[low] = made.out, made.lse, made.share.to(q.dtype)
-        tau = tau.index_put((low[whole],), tau.new_zeros(()))
-        single = torch.zeros_like(lse, dtype=torch.bool).index_put((low,), bad & ~whole[:, None, None])
-        rows = exact.write_rows(out, single, tensors, plan, keep)
-        lse = lse.masked_fill(single, -torch.inf)
-    high = (tau == 0).nonzero().squeeze(1)
-    if len(high):
-        out[high], lse[high] = _exact_heads(tensors, high, plan, keep)
-        share[high] = 1
-    if keep is not None:
-        lost = ~keep.any(1)
-        out, lse = out.masked_fill(lost[:, None, None, None], 0), lse.masked_fill(lost[:, None, None], torch.inf)
-    return Forward(out, lse, rows, tau[:, None], share)
+    given, (tensors, fine) = tensors, sound(tensors)
+    q, k, v = tensors
+    n, e = q.shape[2], v.shape[-1]
+    values = v if values is None else values.masked_fill(~fine[:, None, None], 0)
+    cut = blocks_of(plan, n, k.shape[1])
+    out, lse = q.new_empty(0), q.new_empty(0)
+    if cut.segment:
+        out, lse = _segments((q, k, values), plan, cut, keep)
+    bad = torch.zeros(q.shape[:3], dtype=torch.bool, device=q.device)
+    taus = q.new_zeros(len(q), MOST)
+    counted = torch.full_like(taus[:, 0], cut.own_pairs)
+    for number, block in enumerate(cut.blocks):
+        past = before = None
+        if cut.segment:
+            sums = lse.masked_fill(bad, -torch.inf)[:, :, block.keys]
+            outputs = out[:, :, block.keys, :e]
+            past = Past(q[:, :, block.keys], outputs if dtype is None else outputs.to(dtype).to(q.dtype), sums)
+            before = out[:, :, block.queries], lse[:, :, block.queries]
+        step = _step(number, block, tensors, plan, keep, past, before)
+        tau = torch.where(fine, thresholds(step).to(q.dtype), 0)
+        theirs = None if values is v else values[:, block.keys]
+        made = tiled_block.forward(step.tensors, plan, tau, step.keep, step.layouts, theirs)
+        taus[:, number] = made.tau
+        counted = counted + made.share * block.pairs
+        if before is None:
+            out, lse, bad = made.out, made.lse, made.bad
+            continue
+        out[:, :, block.queries], lse[:, :, block.queries] = tiled_block.merged(*before, made.out, made.lse)
+        bad[:, :, block.queries] |= made.bad
+    rows = exact.write_rows(out, bad, (q, k, values), plan, keep)
+    lse = lse.masked_fill(lse.isneginf(), torch.inf).masked_fill(bad, -torch.inf)
+    if not bool(fine.all()):
+        odd = (~fine).nonzero().squeeze(1)
+        wide = torch.nn.functional.pad(given[2][odd], (0, values.shape[-1] - e))  # of other values nothing is known
+        out[odd], lse[odd] = _exact((given[0][odd], given[1][odd], wide), plan, None if keep is None else keep[odd])
+    return Forward(out, lse, rows, taus, counted / cut.pairs)
 
 
-def _finite(tensors: Grouped) -> torch.Tensor:
-    """Which heads have finite numbers alone, [H]."""
-    return torch.stack([torch.isfinite(x.flatten(1).sum(1)) for x in tensors]).all(0)
+def _step(
+    number: int,
+    block: Block,
+    tensors: Grouped,
+    plan: SitePlan,
+    keep: torch.Tensor | None,
+    past: Past | None,
+    before: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> Step:
+    q, k, v = tensors
+    some, until = (q[:, :, block.queries], k[:, block.keys], v[:, block.keys]), block.keys.stop
+    of_block, of_all = (None, None) if keep is None else (keep[:, block.keys], keep[:, :until])
+    return Step(number, block, some, of_block, plan, v[:, :until], of_all, past, before)
 
 
-def _exact_heads(
-    tensors: Grouped, heads: torch.Tensor, plan: SitePlan, keep: torch.Tensor | None
+def _segments(
+    tensors: Grouped, plan: SitePlan, cut: Blocks, keep: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    q, k, v = (x[heads] for x in tensors)
-    kept = None if keep is None else keep[heads]
-    return exact.forward(q, k[:, None], v[:, None], ExactSoftmax(plan.scale, NONE), kept)
+    """Outputs and logarithms of sums over keys of the rows' own segments, or over all of one that is not cut."""
+    if cut.blocks:
+        return segments.forward(tensors, plan.scale, cut.segment, keep)
+    out, lse = _exact(tensors, plan, keep)
+    return out, lse.masked_fill(lse.isposinf(), -torch.inf)
+
+
+def _exact(tensors: Grouped, plan: SitePlan, keep: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exact attention under the plan's mask; the logarithms of sums are inf where a row sees no key."""
+    q, k, v = tensors
+    out, lse = exact.forward(q, k[:, None], v[:, None], ExactSoftmax(plan.scale, plan.mask.exact), keep)
+    if keep is None:
+        return out, lse
+    lost = (plan.mask.sums_of(keep.to(q.dtype), q.shape[2]) == 0)[:, None].expand_as(lse)
+    return out.masked_fill(lost[..., None], 0), lse.masked_fill(lost, torch.inf)
 
 
 def backward(
@@ -237,56 +208,80 @@ def backward(
 
     Args:
         g: gradient of the output, grouped; out, lse: what :func:`forward` returned.
-        tau: the thresholds that it used, [H].
+        tau: the thresholds that it used, [H, blocks].
     """
-    q, k, v = tensors
-    result = {name: torch.empty_like(x) for name, x in zip(("dQ", "dK", "dV"), tensors, strict=True) if name in wanted}
-    low, high = ((tau > 0).nonzero().squeeze(1), (tau == 0).nonzero().squeeze(1))
-    if len(low) and result:
-        some = q[low], k[low], v[low]
-        kept = None if keep is None else keep[low]
-        bad = lse[low].isneginf()
-        layout = Layout.of(some, plan, kept)
-        n = q.shape[1] * q.shape[2]
-        quiet = bad[..., None]
-
-        def rows(x: torch.Tensor) -> torch.Tensor:
-            return layout.of_queries.gather(x.reshape(len(low), n, *x.shape[3:]))
-
-        valid = layout.of_queries.valid
-        choice = layout.choice(plan, tau[low].to(q.dtype))
-        # where a row is exact its sum is not known: an infinite shift leaves it out
-        choice.shift = rows(lse[low].masked_fill(bad, torch.inf)).masked_fill_(~valid, torch.inf)
-        inputs = {
-            **layout.inputs(),
-            "G": rows(g[low].masked_fill(quiet, 0)).masked_fill_(~valid[..., None], 0),
-            "O": rows(out[low].masked_fill(quiet, 0)),
-            "D": torch.ones_like(layout.share_q),
-        }
-        made = run(layout.kernels(plan).backward(tuple(result)), inputs, plan, choice)
-        for name, x in made.items():
-            tiles, like = (layout.of_queries, q) if name == "dQ" else (layout.of_keys, result[name])
-            result[name][low] = tiles.scatter(x, n if name == "dQ" else k.shape[1]).view(len(low), *like.shape[1:])
-        exact.add_row_gradients(result, lse.isneginf() & (tau > 0)[:, None, None], tensors, g, plan, keep)
-    if len(high) and result:
-        some = q[high], k[high][:, None], v[high][:, None]
-        kept = None if keep is None else keep[high]
-        gone = lse[high].isposinf()[..., None]
-        softmaxed = ExactSoftmax(plan.scale, NONE)
-        clean = g[high].masked_fill(gone, 0), lse[high].masked_fill(gone[..., 0], 0)
-        gradients = exact.backward(clean[0], some, out[high], clean[1], softmaxed, kept)
-        for name, x in zip(("dQ", "dK", "dV"), gradients, strict=True):
-            if name in result:
-                result[name][high] = x if name == "dQ" else x[:, 0]
+    names = [name for name in ("dQ", "dK", "dV") if name in wanted]
+    low, high = tau.any(1).nonzero().squeeze(1), (~tau.any(1)).nonzero().squeeze(1)
+    if not len(high):
+        return _in_tiles(g, tensors, out, lse, plan, tau, names, keep)
+    result = {name: torch.empty_like(x) for name, x in zip(("dQ", "dK", "dV"), tensors, strict=True) if name in names}
+    for heads in (low, high):
+        if not len(heads):
+            continue
+        some, theirs = (tensors[0][heads], tensors[1][heads], tensors[2][heads]), None if keep is None else keep[heads]
+        rest = g[heads], some, out[heads], lse[heads]
+        if heads is low:
+            made = _in_tiles(*rest, plan, tau[heads], names, theirs)
+        else:
+            made = tiled_block.exact_gradients(*rest, ExactSoftmax(plan.scale, plan.mask.exact), theirs)
+        for name, like in result.items():
+            like[heads] = made[name]
     return result
 
 
-def near_pairs(tensors: Grouped, plan: SitePlan, tau: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-    """Which pairs of tiles are near, bool [H, tiles of queries, tiles of keys]; all where a threshold is 0."""
-    layout = Layout.of(tensors, plan, keep)
-    near = torch.zeros(*layout.q.shape[:2], layout.k.shape[1], dtype=torch.bool, device=layout.q.device)
-    approximate(tensors, layout, plan, tau, near)
-    return near | (tau == 0)[:, None, None]
+def _in_tiles(
+    g: torch.Tensor,
+    tensors: Grouped,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    plan: SitePlan,
+    tau: torch.Tensor,
+    names: Sequence[str],
+    keep: torch.Tensor | None,
+) -> dict[str, torch.Tensor]:
+    """Gradients of heads of which some block is in tiles."""
+    q, k, _ = tensors
+    cut = blocks_of(plan, q.shape[2], k.shape[1])
+    result: dict[str, torch.Tensor] = {}
+    if cut.segment:
+        inside = segments.gradients(g, tensors, out, lse, plan.scale, cut.segment, keep)
+        result = {name: inside[name] for name in names}
+    for number, block in enumerate(cut.blocks):
+        past = Past(*(x[:, :, block.keys] for x in (q, out, lse))) if cut.segment else None
+        step = _step(number, block, tensors, plan, keep, past)
+        rows = g[:, :, block.queries], step.tensors, out[:, :, block.queries], lse[:, :, block.queries]
+        made = tiled_block.gradients(*rows, plan, tau[:, number], names, step.keep, step.layouts)
+        if not cut.segment:
+            result = made
+            continue
+        for name, x in made.items():
+            total = result[name][:, :, block.queries] if name == "dQ" else result[name][:, block.keys]
+            total += x
+    exact.add_row_gradients(result, lse.isneginf(), tensors, g, plan, keep)
+    return result
+
+
+def near_pairs(
+    tensors: Grouped, plan: SitePlan, tau: torch.Tensor, keep: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """Which pairs of tiles of the largest block are near, bool [H, tiles of queries, tiles of keys]; all where a
+    threshold is 0, None where there is no block."""
+    blocks = blocks_of(plan, tensors[0].shape[2], tensors[1].shape[1]).blocks
+    if not blocks:
+        return None
+    largest = max(range(len(blocks)), key=lambda at: blocks[at].pairs)
+    found: list[torch.Tensor] = []
+
+    def thresholds(step: Step) -> torch.Tensor:
+        if step.number == largest:
+            layout, mine = step.layout, tau[:, step.number]
+            near = torch.zeros(*layout.q.shape[:2], layout.k.shape[1], dtype=torch.bool, device=mine.device)
+            tile_layout.approximate(layout, plan, mine, step.tensors[0].shape[2], step.tensors[2], near)
+            found.append(near | (mine == 0)[:, None, None])
+        return tau[:, step.number]
+
+    forward(tensors, plan, thresholds, keep)
+    return found[0]
 
 
 def for_values(
@@ -294,17 +289,5 @@ def for_values(
 ) -> torch.Tensor:
     """What the forward of a call makes of other values [H, n_k, c] with its own tiles and near pairs: it is linear in
     them, [H, groups, n_q, c]."""
-    q, k, v = tensors
-    out = q.new_empty(*q.shape[:3], values.shape[-1])
-    low, high = (tau > 0).nonzero().squeeze(1), (tau == 0).nonzero().squeeze(1)
-    if len(low):
-        kept = None if keep is None else keep[low]
-        layout = Layout.of((q[low], k[low], v[low]), plan, kept)
-        choice = layout.choice(plan, tau[low].to(q.dtype))
-        both = layout.of_keys.gather(torch.cat([v[low], values[low]], 2))
-        made = run(layout.kernels(plan).forward, {**layout.inputs(), "V": both}, plan, choice)["O"]
-        found = layout.of_queries.scatter(made[..., v.shape[-1] :].contiguous(), q.shape[1] * q.shape[2])
-        out[low] = found.view(len(low), *q.shape[1:3], -1)
-    if len(high):
-        out[high] = _exact_heads((q, k, values), high, plan, keep)[0]
-    return out
+    both = torch.cat([tensors[2], values], 2)
+    return forward(tensors, plan, kept(tau), keep, values=both).out[..., tensors[2].shape[-1] :]

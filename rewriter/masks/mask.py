@@ -54,6 +54,16 @@ class Mask:
     share: ClassVar[sympy.Rational] = sympy.Integer(1)
     """The part of the pairs that exact attention computes."""
 
+    @property
+    def exact(self) -> Mask:
+        """The mask of exact attention to the same keys."""
+        return self
+
+    @property
+    def tiled(self) -> bool:
+        """Whether tokens are in tiles of similar ones."""
+        return self.sums is Sums.TILES
+
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other)
 
@@ -141,7 +151,30 @@ class NearTiles(Mask):
     sums, near_chunks, whole = Sums.TILES, 0, "all"
     split = "M = M_near + M_far: pairs of tiles that a call computes exactly, the others (§8)"
 
+    @property
+    def exact(self) -> Mask:
+        """See :attr:`Mask.exact`."""
+        return NoMask()
 
-NONE, CAUSAL, LOCAL_WINDOW, NEAR_TILES = NoMask(), Causal(), LocalWindow(), NearTiles()
+
+class CausalNearTiles(Causal):
+    """Query i sees keys j ≤ i: those of its own segment one by one, earlier ones by tiles of earlier blocks (§8)."""
+
+    title, prefix = "under a causal mask, with exact pairs of tiles", "causal_tiled_"
+    remark = ", near pairs of tiles apart"
+    sums, near_chunks, gaps = Sums.TILES, 0, (0, 0)
+    split = (
+        "M = M_near + M_far: j in the segment of i or in a near tile of an earlier block, j in another tile of one "
+        "(§8); below, one block"
+    )
+
+    @property
+    def exact(self) -> Mask:
+        """See :attr:`Mask.exact`."""
+        return Causal()
+
+
+NONE, CAUSAL, LOCAL_WINDOW = NoMask(), Causal(), LocalWindow()
+NEAR_TILES, CAUSAL_NEAR_TILES = NearTiles(), CausalNearTiles()
 MASKS: tuple[Mask, ...] = (NONE, CAUSAL, LOCAL_WINDOW)
-"""Those whose near pairs are known by position; ``NEAR_TILES`` is for families that find theirs."""
+"""Those whose near pairs are known by position; the others are for families that find theirs."""

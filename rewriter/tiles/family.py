@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ import sympy
 
 from polyattn.rewriter.algebra.tensor import NEAR_SHARE, T_K, T_Q
 from polyattn.rewriter.families.family import FeatureFamily
-from polyattn.rewriter.masks.mask import NEAR_TILES, Mask
+from polyattn.rewriter.masks.mask import CAUSAL_NEAR_TILES, NEAR_TILES, Mask
+from polyattn.rewriter.tiles.blocks import MOST
 from polyattn.rewriter.tiles.tree import Shape
 
 THRESHOLD = 0.25
@@ -24,7 +24,8 @@ TYPICAL_SHARE = 0.125
 class TiledFamily(FeatureFamily):
     """A family that finds tiles of similar tokens at every call, and which pairs of tiles are near.
 
-    Packed: [heads, 1], the threshold of near pairs of each key head; 0: exact attention.
+    Packed: [heads, blocks], the threshold of near pairs of each key head in each block of the pairs of tokens; 0: exact
+    attention. Without a mask all pairs are the first block.
     """
 
     width: int | None = None
@@ -33,14 +34,9 @@ class TiledFamily(FeatureFamily):
     relative_tolerance: float = 0.1
     gradient_tolerance: float = 0.1
 
-    @property
-    @abc.abstractmethod
-    def says(self) -> str:
-        """What the family is called in reasons."""
-
     def mask(self, mask: Mask) -> Mask | str:
         """See :meth:`FeatureFamily.mask`: tiles hold tokens of any position."""
-        return f"{self.says} has no form under a {mask.name} mask yet" if mask.hides else NEAR_TILES
+        return CAUSAL_NEAR_TILES if mask.is_causal else NEAR_TILES
 
     def tile_width(self, tokens: int) -> int:
         """About how many tokens a tile has: near the root of their number, so that tiles grow as their number does."""
@@ -65,4 +61,4 @@ class TiledFamily(FeatureFamily):
 
     def packed_shape(self, kv_heads: int, d: int) -> tuple[int, ...]:
         """See :meth:`FeatureFamily.packed_shape`."""
-        return kv_heads, 1
+        return kv_heads, MOST

@@ -27,6 +27,22 @@ RATIO = 5.0
 """The relative tolerance over the additive one: heads whose output hardly varies keep the relative one too."""
 
 
+@dataclass(frozen=True)
+class Others:
+    """What the queries of tiles attend to beside the keys of a layout, as far as that is known."""
+
+    lse: Tensor
+    """[H, A]: logarithms of sums of exponentials over all keys; −inf where none is known."""
+    out: Tensor
+    """[H, A, e]: outputs over all keys."""
+
+    def beside(self, head: int, tiles: slice, top: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for some tiles with what the keys of a layout have: logarithms [I] and outputs [I, 1, e]."""
+        total = torch.logaddexp(top, self.lse[head, tiles])
+        share = (top - total).exp()[:, None, None]
+        return total, share * out + (1 - share) * self.out[head, tiles, None]
+
+
 @dataclass
 class NearPairs:
     """The choice of near pairs of a call, head by head and block by block.
@@ -56,6 +72,10 @@ class NearPairs:
     """[H, tiles, d]: means of all tiles, where ``q`` holds rows of some of them."""
     sigma: Tensor | None = None
     """[H, A, d, d]: covariances of the logits of their queries, likewise."""
+    others: Others | None = None
+    """What queries attend to beside these keys; None: nothing."""
+    whole: Tensor | None = None
+    """[H, A], bool: tiles of queries all of whose pairs are near; None: there are none."""
     _head: int = field(default=-1, init=False)
 
     def __call__(self, head: int, tiles: slice, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -68,10 +88,13 @@ class NearPairs:
         sigma = self._covariances(delta, w) if self.sigma is None else self.sigma[head, tiles]
         log_mass = mass.log() + self.scale * (mu @ mean.mT)
         top = log_mass.logsumexp(1)
-        log_share = log_mass - top[:, None]
-        share = log_share.exp()[:, None]  # [I, 1, J]
+        share = (log_mass - top[:, None]).exp()[:, None]  # [I, 1, J]
         key, value = mean + away, values["NP"][..., : self.v.shape[-1]] / mass[..., None]
         mean_key, out = share @ key, share @ value  # [I, 1, d], [I, 1, e]
+        total = top
+        if self.others is not None:
+            total, out = self.others.beside(head, tiles, top, out)
+        log_share = log_mass - total[:, None]
         turned = key @ sigma
         square = (turned * key).sum(2)
         turned_mean = mean_key @ sigma
@@ -82,7 +105,10 @@ class NearPairs:
         trace = (sigma.flatten(1) @ self._sigma_k).clamp(min=0, max=LARGEST_TRACE)
         score = lifted * trace.sqrt() * size
         # what is not finite is near, so that exact arithmetic says what it is
-        near = ~(score <= self.tau[head]) & self._some_k & (w > 0).any(1)[:, None]
+        near = ~(score <= self.tau[head]) & (w > 0).any(1)[:, None]
+        if self.whole is not None:
+            near |= self.whole[head, tiles, None]
+        near &= self._some_k
         if self.near is not None:
             self.near[head, tiles] = near
         made = {"M_near": near, "M_far": ~near, "TOP": top}

@@ -6,6 +6,7 @@ nothing is ragged: sums over a tile are sums over an axis. Shapes: H heads, n to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,8 +87,22 @@ def root(covariances: Tensor) -> Tensor:
     return plain
 
 
-def features(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """What tokens are compared by: (q − q̄) Σ_k^½ [H, n, d], and (k − k̄) Σ_q^½ beside the values [H, m, d + e].
+@dataclass(frozen=True)
+class Projection:
+    """What queries are compared by: (q − q̄) Σ_k^½ in its leading directions."""
+
+    mean: Tensor
+    """[H, 1, d]"""
+    matrix: Tensor
+    """[H, d, f]"""
+
+    def __call__(self, q: Tensor) -> Tensor:
+        """[H, n, d] → [H, n, f]"""
+        return (q - self.mean) @ self.matrix
+
+
+def features(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> tuple[Projection, Tensor]:
+    """What tokens are compared by: queries by (q − q̄) Σ_k^½, keys by (k − k̄) Σ_q^½ beside the values, [H, m, f].
 
     Distances of queries are those of their logits, and so are those of keys. The values are centred and scaled to
     ``VALUE_WEIGHT`` times the power of the features of keys. Keys that are not valid [H, m] have features 0.
@@ -95,29 +110,42 @@ def features(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> tu
     q_mean, q_covariance = covariance_of(q)
     k_mean, k_covariance = covariance_of(k, valid)
     v_mean = mean_of(v, valid)
-    of_q, of_k, of_v = (q - q_mean) @ root(k_covariance), (k - k_mean) @ root(q_covariance), v - v_mean
+    of_q, of_k, of_v = root(k_covariance), (k - k_mean) @ root(q_covariance), v - v_mean
     if valid is not None:
         of_k, of_v = (x.masked_fill(~valid[..., None], 0) for x in (of_k, of_v))
     power_k, power_v = (x.square().sum((1, 2), keepdim=True) for x in (of_k, of_v))
     some = power_v > torch.finfo(v.dtype).tiny
     weight = VALUE_WEIGHT * torch.where(some, power_k / torch.where(some, power_v, 1), 0).sqrt()
-    return leading(of_q), leading(torch.cat([of_k, weight * of_v], -1))
+    both = torch.cat([of_k, weight * of_v], -1)
+    return Projection(q_mean, of_q @ leading(of_q.mT @ q_covariance @ of_q)), both @ leading(both.mT @ both)
 
 
-def leading(x: Tensor) -> Tensor:
-    """Features [H, n, f] in their ``LEADING`` leading directions, in which most of their power lies."""
-    if x.shape[-1] <= LEADING:
-        return x
-    power = x.mT @ x
-    directions = torch.linalg.eigh(power)[1][..., -LEADING:]
-    made: Tensor = x @ directions
+def leading(power: Tensor) -> Tensor:
+    """The ``LEADING`` leading directions of features, in which most of their power [H, f, f] lies: [H, f, ·]."""
+    if power.shape[-1] <= LEADING:
+        return torch.eye(power.shape[-1], dtype=power.dtype, device=power.device).expand_as(power)
+    sound = torch.isfinite(power).all((1, 2))[:, None, None]  # a head with other numbers has no tiles that matter
+    made: Tensor = torch.linalg.eigh(power.masked_fill(~sound, 0))[1][..., -LEADING:]
     return made
 
 
-def tree(x: Tensor, shape: Shape, valid: Tensor | None = None) -> Tiles:
+@dataclass(frozen=True)
+class Cut:
+    """How the sets of one level of a tree were halved."""
+
+    axis: Tensor
+    """[H · sets, f]: the direction of each set."""
+    bound: Tensor
+    """[H · sets]: tokens at least so far along it are in the upper half."""
+
+
+def tree(x: Tensor, shape: Shape, valid: Tensor | None = None, cuts: list[Cut] | None = None) -> Tiles:
     """Tiles of equal width of tokens with features x [H, n, f].
 
     Tokens that are not valid [H, n] are in no tile: places that are left are empty, and last.
+
+    Args:
+        cuts: what each level's sets were halved by is appended to it.
     """
     h, n, f = x.shape
     places = shape.places
@@ -133,7 +161,12 @@ def tree(x: Tensor, shape: Shape, valid: Tensor | None = None) -> Tiles:
     seen = None if present is None else present.reshape(sets, size)
     while size > shape.width:
         y = y.reshape(sets, size, f)
-        permutation = _halves(_along(y, seen))
+        axis = _axis(y, seen)
+        along = (y @ axis[..., None])[..., 0]
+        along = along if seen is None else along.masked_fill(~seen, torch.inf)
+        permutation, bound = _halves(along)
+        if cuts is not None:
+            cuts.append(Cut(axis, bound))
         flat = flat.gather(1, permutation).view(2 * sets, size // 2)
         if seen is not None:
             seen = seen.gather(1, permutation).view(2 * sets, size // 2)
@@ -149,16 +182,67 @@ def tree(x: Tensor, shape: Shape, valid: Tensor | None = None) -> Tiles:
     return Tiles(torch.where(held, index, some[:, None, None]), held, False)
 
 
-def _halves(x: Tensor) -> Tensor:
-    """Positions of the lower and then of the upper half of each row [sets, size], in no order inside a half."""
+def descend(x: Tensor, cuts: Sequence[Cut]) -> Tensor:
+    """The tile of a tree in which other tokens with features x [H, n, f] would be, [H, n]: each goes its own way."""
+    h, n, f = x.shape
+    flat, at = x.reshape(h * n, f), torch.arange(h, device=x.device).repeat_interleave(n)
+    first = at
+    for cut in cuts:
+        upper = (flat * cut.axis.index_select(0, at)).sum(1) >= cut.bound.index_select(0, at)
+        at = 2 * at + upper
+    tiles = 1 << len(cuts)
+    return (at - first * tiles).view(h, n)
+
+
+@dataclass(frozen=True)
+class Seats:
+    """Tokens that were told their tile, in order; those of none, or that find theirs full, are in further tiles."""
+
+    tiles: Tiles
+    further: Tensor
+    """[H, A], bool: which tiles are such, or of no token."""
+
+
+def seat(tile: Tensor, count: int, width: int, spare: int = 0) -> Seats:
+    """Put tokens into the tiles [H, n] that they were told, first come, first served.
+
+    A token's place depends on none that comes after it but for the order among further tiles.
+
+    Args:
+        tile: ``count`` for a token of no tile.
+        count: the number of tiles; width: places of each, of which the last ``spare`` stay empty.
+    """
+    h, n = tile.shape
+    room = width - spare
+    order = tile.argsort(dim=1, stable=True)
+    ranked = tile.gather(1, order)
+    sizes = torch.zeros(h, count + 1, dtype=tile.dtype, device=tile.device)
+    sizes.scatter_add_(1, tile, torch.ones_like(tile))
+    rank = torch.arange(n, device=tile.device) - (sizes.cumsum(1) - sizes).gather(1, ranked)
+    late = (rank >= room) | (ranked == count)
+    number = late.cumsum(1) - 1
+    extra = -(-int(late.sum(1).max()) // room) if n else 0
+    place = torch.where(late, (count + number // room) * width + number % room, ranked * width + rank)
+    places = (count + extra) * width
+    index = torch.zeros(h, places, dtype=order.dtype, device=tile.device).scatter_(1, place, order)
+    held = torch.zeros(h, places, dtype=torch.bool, device=tile.device).scatter_(1, place, True)
+    tiles = Tiles(index.view(h, -1, width), held.view(h, -1, width), False)
+    further = ~tiles.valid.any(2)
+    further[:, count:] = True
+    return Seats(tiles, further)
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions of the lower and then of the upper half of each row [sets, size], in no order inside a half, and the
+    least number of the upper half."""
     sets, size = x.shape
-    upper = x.topk(size // 2, dim=1, sorted=False)[1]
+    most, upper = x.topk(size // 2, dim=1, sorted=False)
     lower = torch.ones_like(x, dtype=torch.bool).scatter_(1, upper, False).nonzero()[:, 1].view(sets, -1)
-    return torch.cat([lower, upper], 1)
+    return torch.cat([lower, upper], 1), most.amin(1)
 
 
-def _along(y: Tensor, seen: Tensor | None) -> Tensor:
-    """Positions of the tokens of each set [sets, size, f] along its leading direction; +inf where no token is."""
+def _axis(y: Tensor, seen: Tensor | None) -> Tensor:
+    """The leading direction of the tokens of each set [sets, size, f], [sets, f]."""
     step = max(1, y.shape[1] // SAMPLE)
     few = y[:, ::step]
     if seen is None:
@@ -170,5 +254,4 @@ def _along(y: Tensor, seen: Tensor | None) -> Tensor:
     axis = few[torch.arange(len(few), device=y.device), farthest][:, None]
     for _ in range(POWER_STEPS):
         axis = torch.nn.functional.normalize((axis @ few.mT) @ few, dim=2)
-    along = (y @ axis.mT)[..., 0]
-    return along if seen is None else along.masked_fill(~seen, torch.inf)
+    return axis[:, 0]

@@ -23,7 +23,7 @@ from polyattn.passes.derive.inspection import derivation
 from polyattn.passes.derive.kernels import Kernels, kernels
 from polyattn.rewriter.algebra.monomials import full
 from polyattn.rewriter.families.clustered.rule import ClusteredRule
-from polyattn.rewriter.masks.mask import NEAR_TILES
+from polyattn.rewriter.masks.mask import CAUSAL_NEAR_TILES, NEAR_TILES, Mask
 from polyattn.rewriter.planning.plan import walk
 
 GRADIENTS = ("dQ", "dK", "dV")
@@ -145,6 +145,15 @@ def test_emitted_code(golden: Callable[..., None], what: str) -> None:
 
 
 @pytest.mark.golden
-def test_the_log_of_the_derivation(golden: Callable[..., None]) -> None:
+@pytest.mark.parametrize("mask", [NEAR_TILES, CAUSAL_NEAR_TILES], ids=["", "causal_"])
+def test_the_log_of_the_derivation(golden: Callable[..., None], mask: Mask) -> None:
     shape = {"n_q": 16384, "n_k": 16384, "d": 32, "e": 32}
-    golden("derivation/clustered.txt", str(derivation(softmax(NEAR_TILES), ClusteredRule(1), "consistent", shape)))
+    name = "causal_" if mask.hides else ""
+    golden(f"derivation/{name}clustered.txt", str(derivation(softmax(mask), ClusteredRule(1), "consistent", shape)))
+
+
+@pytest.mark.parametrize("what", ["forward", "backward"])
+def test_blocks_under_a_causal_mask_have_the_code_of_a_call_without_one(what: str) -> None:
+    specs = [kernels(softmax(mask), ClusteredRule(1), "consistent") for mask in (NEAR_TILES, CAUSAL_NEAR_TILES)]
+    texts = [CPU.emit(spec.forward if what == "forward" else spec.backward(GRADIENTS)) for spec in specs]
+    assert texts[0].splitlines()[1:] == texts[1].splitlines()[1:]

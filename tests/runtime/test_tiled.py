@@ -11,61 +11,15 @@ from typing import Any
 import pytest
 import torch
 from sites import only_state
+from sorts import LOW, call, exact, operands, relative, run
 
 import polyattn
 from polyattn.errors import OptionValueError
 from polyattn.options import Options
-from polyattn.runtime import execute, policy, registry, thresholds, tiled, tiled_call
-from polyattn.runtime.tiled import Layout
+from polyattn.rewriter.tiles.blocks import Blocks
+from polyattn.runtime import execute, policy, registry, thresholds, tile_layout, tiled, tiled_call
+from polyattn.runtime.tile_layout import Layout
 from polyattn.site_plan import SitePlan
-
-LOW: dict[str, Any] = {"features": "clustered", "policy": "low_rank"}
-
-
-def operands(
-    heads: int = 2, kv_heads: int = 2, n_q: int = 512, n_k: int = 512, d: int = 8, e: int = 6, batch: int = 1,
-    spread: float = 0.25, dtype: torch.dtype = torch.float64,
-) -> list[torch.Tensor]:  # fmt: skip
-    """Tokens of sixteen sorts, as trained heads have them: keys of a sort have similar values; logits are sharp."""
-    generator = torch.Generator().manual_seed(heads + n_q + 3 * n_k)
-
-    def rand(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=generator, dtype=torch.float64)
-
-    centres = 1.5 * rand(batch, kv_heads, 16, d)
-    values = rand(batch, kv_heads, 16, e)
-    of_q = torch.randint(16, (batch, heads, n_q), generator=generator)
-    of_k = torch.randint(16, (batch, kv_heads, n_k), generator=generator)
-    wide = centres.repeat_interleave(heads // kv_heads, 1)
-    q = wide.gather(2, of_q[..., None].expand(-1, -1, -1, d)) + spread * rand(batch, heads, n_q, d)
-    k = centres.gather(2, of_k[..., None].expand(-1, -1, -1, d)) + spread * rand(batch, kv_heads, n_k, d)
-    v = values.gather(2, of_k[..., None].expand(-1, -1, -1, e)) + spread * rand(batch, kv_heads, n_k, e)
-    return [x.to(dtype).requires_grad_() for x in (q, k, v)]
-
-
-def exact(inputs: list[torch.Tensor], keep: torch.Tensor | None = None, scale: float | None = None) -> torch.Tensor:
-    q, k, v = inputs
-    groups = q.shape[1] // k.shape[1]
-    mask = None if keep is None else keep[:, None, None]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return out if keep is None else out.masked_fill(~keep.any(1)[:, None, None, None], 0)
-
-
-def relative(x: torch.Tensor, y: torch.Tensor) -> float:
-    return float((x - y).detach().norm() / y.detach().norm().clamp_min(1e-30))
-
-
-def run(inputs: list[torch.Tensor], **options: Any) -> torch.Tensor:
-    """The first call of a site."""
-    registry.reset()
-    return call(inputs, **options)
-
-
-def call(inputs: list[torch.Tensor], **options: Any) -> torch.Tensor:
-    keywords = {name: options.pop(name) for name in ("key_mask", "scale", "causal") if name in options}
-    return polyattn.attention(*inputs, options={**LOW, **options}, **keywords)
-
 
 SHAPES: dict[str, dict[str, int]] = {
     "plain": {},
@@ -208,11 +162,13 @@ def test_a_check_predicts_the_errors_of_the_call() -> None:
     inputs = [x.detach() for x in operands(n_q=2048, n_k=2048)]
     plan, grouped = plan_of(), execute.grouped(*inputs)
     layout = Layout.of(grouped, plan, None)
-    check = thresholds.Check(grouped, layout, plan, 2, None, torch.Generator().manual_seed(0))
+    block = Blocks.whole(2048, 2048).blocks[0]
+    step = tiled.Step(0, block, grouped, None, plan, grouped[2], None)
+    check = thresholds.Check(step, 2, torch.Generator().manual_seed(0))
     wanted = exact(inputs)[0]
     for tau in (3e-3, 3e-2, 0.3):
         errors = check.errors(torch.full((2,), tau, dtype=torch.float64))
-        made = tiled.approximate(grouped, layout, plan, torch.full((2,), tau, dtype=torch.float64))
+        made = tile_layout.approximate(layout, plan, torch.full((2,), tau, dtype=torch.float64), 2048, grouped[2])
         difference = made.out[:, 0] - wanted
         true = difference.flatten(1).norm(dim=1) / (wanted - inputs[2][0].mean(1, keepdim=True)).flatten(1).norm(dim=1)
         assert torch.allclose(errors.relative, true, rtol=0.5, atol=1e-4)
@@ -361,7 +317,7 @@ def test_weights_of_a_call_are_those_of_a_softmax() -> None:
     tau = torch.full((2, 1), 0.1, dtype=torch.float64)
     ones = torch.ones(2, 256, 1, dtype=torch.float64)
     torch.testing.assert_close(execute.for_values(grouped, ones, plan, tau), torch.ones(2, 1, 256, 1).double())
-    made = tiled.forward(*grouped, plan, tau[:, 0])
+    made = tiled.forward(grouped, plan, tiled.kept(tau))
     kept = ~execute.exact_rows(grouped, plan, tau)
     assert float(kept.double().mean()) > 0.9
     torch.testing.assert_close(execute.for_values(grouped, grouped[2], plan, tau)[kept], made.out[kept])
@@ -382,15 +338,6 @@ def test_weights_of_a_call_are_those_of_a_softmax() -> None:
 def test_options_that_do_not_apply(options: dict[str, Any], match: str) -> None:
     with pytest.raises(OptionValueError, match=match):
         Options.make({**LOW, **options})
-
-
-def test_under_a_causal_mask_it_is_exact_and_says_so() -> None:
-    inputs = operands()
-    out = run(inputs, causal=True)
-    q, k, v = inputs
-    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    torch.testing.assert_close(out, wanted)
-    assert only_state().now.decision.reason == "clustered attention has no form under a causal mask yet"
 
 
 def test_the_figure_has_a_map_of_near_pairs(tmp_path: Path) -> None:

@@ -49,11 +49,6 @@ class Clustered(TiledFamily):
         return cls(options.rank, *tolerances, 1 if options.degree is None else options.degree)
 
     @property
-    def says(self) -> str:
-        """See :attr:`TiledFamily.says`."""
-        return "clustered attention"
-
-    @property
     def rule(self) -> ClusteredRule:
         """See :attr:`FeatureFamily.rule`."""
         return ClusteredRule(self.order)

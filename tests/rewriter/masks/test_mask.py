@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from polyattn.rewriter.masks.mask import CAUSAL, LOCAL_WINDOW, MASKS, NEAR_TILES, NONE, Causal, Mask, Sums
+from polyattn.rewriter.masks.mask import (
+    CAUSAL,
+    CAUSAL_NEAR_TILES,
+    LOCAL_WINDOW,
+    MASKS,
+    NEAR_TILES,
+    NONE,
+    Causal,
+    Mask,
+    Sums,
+)
 from polyattn.rewriter.masks.pairs import Pairs
 
 N_Q, N_K, CHUNK = 11, 13, 4
@@ -67,6 +77,14 @@ def test_pairs_that_are_hidden_beside_near_ones() -> None:
     gap = I // CHUNK - J // CHUNK
     assert torch.equal(causal, (gap == 0) | (gap == -1))
     assert torch.equal(Pairs(N_Q, N_K, LOCAL_WINDOW, CHUNK).hidden_alike(i, j), NEAR[LOCAL_WINDOW])
+
+
+def test_masks_of_tiles_say_what_exact_attention_has() -> None:
+    assert (NEAR_TILES.exact, CAUSAL_NEAR_TILES.exact) == (NONE, CAUSAL)
+    assert [mask.tiled for mask in (NEAR_TILES, CAUSAL_NEAR_TILES, *MASKS)] == [True, True, False, False, False]
+    assert (NEAR_TILES.hides, CAUSAL_NEAR_TILES.hides) == (False, True)
+    assert all(mask.exact is mask for mask in MASKS)
+    assert CAUSAL_NEAR_TILES != CAUSAL
 
 
 def test_masks_are_keys_of_caches() -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polyattn.rewriter.tiles.tree import LEADING, Shape, features, leading, tree
+from polyattn.rewriter.tiles.tree import LEADING, Cut, Shape, descend, features, leading, seat, tree
 
 
 @given(tokens=st.integers(1, 5000), wanted=st.integers(1, 256))
@@ -70,8 +70,9 @@ def test_heads_do_not_see_each_other() -> None:
 
 def test_few_directions_keep_most_of_the_power() -> None:
     x = torch.randn(1, 100, 40, generator=torch.Generator().manual_seed(2)) * torch.linspace(3, 0.01, 40)
-    assert leading(x).shape[-1] == LEADING
-    assert float(leading(x).square().sum() / x.square().sum()) > 0.8
+    few = x @ leading(x.mT @ x)
+    assert few.shape[-1] == LEADING
+    assert float(few.square().sum() / x.square().sum()) > 0.8
 
 
 @pytest.mark.parametrize("case", ["constant keys", "constant values", "huge", "tiny"])
@@ -84,7 +85,8 @@ def test_features_are_finite(case: str) -> None:
         v = torch.zeros_like(v)
     if case in ("huge", "tiny"):
         q, k, v = (x * (1e8 if case == "huge" else 1e-12) for x in (q, k, v))
-    for x in features(q, k, v):
+    project, of_k = features(q, k, v)
+    for x in (project(q), of_k):
         assert bool(torch.isfinite(x).all())
 
 
@@ -93,5 +95,69 @@ def test_hidden_keys_do_not_matter() -> None:
     q, k, v = (torch.randn(1, 64, 8, generator=generator) for _ in range(3))
     valid = torch.rand(1, 64, generator=generator) < 0.5
     wild = (x.masked_fill(~valid[..., None], 1e6) for x in (k, v))
-    for x, y in zip(features(q, k, v, valid), features(q, *wild, valid), strict=True):
-        torch.testing.assert_close(x, y)
+    (project, of_k), (same, same_k) = features(q, k, v, valid), features(q, *wild, valid)
+    torch.testing.assert_close(project(q), same(q))
+    torch.testing.assert_close(of_k, same_k)
+
+
+def test_heads_with_other_than_finite_numbers_have_directions() -> None:
+    generator = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(2, 64, 40, generator=generator) for _ in range(3))
+    k[0, 3, 2] = torch.nan
+    project, of_k = features(q, k, v)
+    assert bool(torch.isfinite(project(q)[1]).all())
+    assert bool(torch.isfinite(of_k[1]).all())
+
+
+@settings(max_examples=30, deadline=None)
+@given(power=st.integers(0, 4), width=st.integers(1, 9), seed=st.integers(0, 100))
+def test_tokens_find_their_own_tile_again(power: int, width: int, seed: int) -> None:
+    tiles = 2**power
+    x = torch.randn(2, tiles * width, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    cuts: list[Cut] = []
+    made = tree(x, Shape(tiles, width), None, cuts)
+    own = torch.arange(tiles)[None, :, None].expand_as(made.index)
+    found = descend(x, cuts).gather(1, made.index.flatten(1)).view_as(own)
+    assert float((found == own).double().mean()) > 0.98  # but for ties, to rounding
+
+
+def test_tokens_of_another_sequence_find_similar_ones() -> None:
+    generator, sizes = torch.Generator().manual_seed(0), torch.tensor([5.0, 3, 2, 1, 1, 1])
+    old, new = (sizes * torch.randn(1, n, 6, generator=generator) for n in (1024, 500))
+    cuts: list[Cut] = []
+    tiles = tree(old, Shape(16, 64), None, cuts).gather(old)[0]
+    means = tiles.mean(1)
+    inside = float((tiles - means[:, None]).square().sum(2).mean())
+    away = float((new[0] - means[descend(new, cuts)[0]]).square().sum(1).mean())
+    assert away < 1.2 * inside < 0.4 * float(old[0].var(0).sum())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(0, 60),
+    count=st.integers(1, 5),
+    room=st.integers(1, 9),
+    spare=st.integers(0, 2),
+    seed=st.integers(0, 1000),
+)
+def test_seats(tokens: int, count: int, room: int, spare: int, seed: int) -> None:
+    """Every token once; in its own tile while there is room; where it sits does not depend on later tokens."""
+    told = torch.randint(count + 1, (2, tokens), generator=torch.Generator().manual_seed(seed))
+    made = seat(told, count, room + spare, spare)
+    tiles = made.tiles
+    assert not spare or not bool(tiles.valid[:, :, room:].any())
+    for head in range(2):
+        held = tiles.index[head][tiles.valid[head]].sort()[0]
+        assert torch.equal(held, torch.arange(tokens))
+        for a in range(tiles.index.shape[1]):
+            mine = tiles.index[head, a][tiles.valid[head, a]]
+            if a < count:
+                assert torch.equal(mine, (told[head] == a).nonzero().squeeze(1)[:room])
+                assert bool(made.further[head, a]) is not bool(len(mine))
+            else:
+                assert bool(made.further[head, a])
+    half = seat(told[:, : tokens // 2], count, room + spare, spare).tiles
+    before = tiles.valid & (tiles.index < tokens // 2)
+    same = before[:, :count]
+    assert torch.equal(half.valid[:, :count], same)
+    assert torch.equal(half.index[:, :count][same], tiles.index[:, :count][same])
