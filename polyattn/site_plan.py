@@ -79,6 +79,8 @@ class SitePlan:
     """Why there is no low-rank form of the family on the site's device, or under its mask; empty where there is one."""
     padding: bool = False
     """Whether a call says which keys take part (key padding), for each batch element; others have the factor 0."""
+    differentiated: bool = True
+    """Whether gradients may be asked for: then their errors count too; of a form that does not check itself always."""
 
     @classmethod
     def of(
@@ -89,12 +91,14 @@ class SitePlan:
         d: int,
         device: str,
         padding: bool = False,
+        differentiated: bool = True,
         choice: int = 0,
     ) -> SitePlan:
         """The plan of a site with queries of width ``d`` on a device (its type, such as ``cpu``).
 
         Args:
             padding: whether calls say which keys take part.
+            differentiated: whether gradients may be asked for.
             choice: which of the families that the options ask for, in the order in which they are tried.
         """
         family = families(options)[choice].of(options)
@@ -130,15 +134,23 @@ class SitePlan:
             ProjectionRanks(options.value_directions or 0, options.key_directions or 0),
             refusal,
             padding,
+            differentiated or not mask.tiled,
         )
 
     @classmethod
     def all_of(
-        cls, options: Options, causal: bool, scale: float, d: int, device: str, padding: bool = False
+        cls,
+        options: Options,
+        causal: bool,
+        scale: float,
+        d: int,
+        device: str,
+        padding: bool = False,
+        differentiated: bool = True,
     ) -> tuple[SitePlan, ...]:
         """The plans that a site tries in turn; the arguments are those of :meth:`of`."""
         choices = range(len(families(options)))
-        return tuple(cls.of(options, causal, scale, d, device, padding, choice) for choice in choices)
+        return tuple(cls.of(options, causal, scale, d, device, padding, differentiated, choice) for choice in choices)
 
     @property
     def key_bias(self) -> bool:
@@ -205,6 +217,7 @@ class SitePlan:
         parts += [f"centred by {self.centring.replace('_', ' ')}"] if self.centring != "none" else []
         parts += ["key padding"] if self.padding else []
         parts += [f"{self.outliers.total} outlier keys"] if self.outliers else []
+        parts += [] if self.differentiated else ["without gradients"]
         parts += [f"projected on {self.projection.values}, {self.projection.keys}"] if self.projection else []
         return ", ".join(parts)
 

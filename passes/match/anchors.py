@@ -111,7 +111,8 @@ def match(
         except NotAttention as refusal:
             refusals.append(Refusal(str(refusal), refusal.node.name, where(node)))
         else:
-            sites.append(dataclasses.replace(_grouped(site), index=first_index + len(sites)))
+            asked = training or site.gradients is not None
+            sites.append(dataclasses.replace(_grouped(site), index=first_index + len(sites), differentiated=asked))
     return Matches(tuple(sites), tuple(refusals))
 
 
@@ -229,6 +230,7 @@ def _forward(softmax: fx.Node, key_last: bool, path: list[fx.Node]) -> tuple[fx.
 
 def _looked_at(site: Site, why_exact: Callable[[Site], str], training: bool, needs: Collection[fx.Node] | None) -> Site:
     """The site, made exact where there is no use in looking at its masks in each call, or where that cannot be."""
+    site = dataclasses.replace(site, differentiated=training or site.gradients is not None)
     if not site.looks:
         return site
     reason = why_exact(site) or (unknowable(site, needs) if training else "")

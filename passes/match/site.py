@@ -127,6 +127,8 @@ class Site:
     """The site is such a call already and stays."""
     gradients: Gradients | None = None
     """Of attention that arrives already differentiated; replaced together with it."""
+    differentiated: bool = True
+    """Whether gradients may be asked for, or stand in the graph."""
 
     @property
     def looks(self) -> bool:

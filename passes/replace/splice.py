@@ -34,8 +34,8 @@ def splice(site: Site, op: Callable[..., Any], identifier: str, options: str, ve
 
     Args:
         site: a match of this very graph.
-        op: ``torch.ops.polyattn.attention.default`` (q, k, v, masks, owners, scale, causal, changes, site, options,
-        version) -> (out, …).
+        op: ``torch.ops.polyattn.attention.default`` (q, k, v, masks, owners, scale, causal, changes, differentiated,
+        site, options, version) -> (out, …).
         identifier: unique name of the site in this process.
         options: ``Options.key()``.
         version: hash of the package's sources.
@@ -47,7 +47,8 @@ def splice(site: Site, op: Callable[..., Any], identifier: str, options: str, ve
     q, k, v = _operands(write, site)
     masks, changes = bias.operands(write, site.terms, site.batch, site.zero_rows)
     owners, scale = list(site.owners), _scale(write, site)
-    call = write.call(op, q, k, v, masks, owners, scale, site.causal, changes.text(), identifier, options, version)
+    said = scale, site.causal, changes.text(), site.differentiated
+    call = write.call(op, q, k, v, masks, owners, *said, identifier, options, version)
     _replace(write, site, write.call(operator.getitem, call, 0))
     return call
 

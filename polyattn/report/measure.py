@@ -149,7 +149,7 @@ def measure(
             leaves = [x.detach().clone().requires_grad_(g is not None) for x in (q, k, v)]
             wanted, cotangent, gradients = _exact(cast("Tensors", tuple(leaves)), g, mask, factor, seed)
             out = torch.ops.polyattn.attention(
-                *leaves, [], [owner], factor, causal, NOTHING.text(), SITE, opts.key(), ops.VERSION
+                *leaves, [], [owner], factor, causal, NOTHING.text(), g is not None, SITE, opts.key(), ops.VERSION
             )[0]
             found = Errors.of(out, wanted, v)
             if cotangent is not None:

@@ -100,6 +100,7 @@ def _method(state: SiteState) -> str:
     parts = [plan.family.describe(state.fit), size, f"{plan.gradient} gradient"]
     parts += [f"values on {plan.projection.values} directions"] if plan.projection.values else []
     parts += [f"queries and keys on {plan.projection.keys} directions"] if plan.projection.keys else []
+    parts += [] if plan.differentiated else ["for inference"]
     parts += CENTRED[plan.centring]
     parts += [f"local window (keys up to {plan.chunk} tokens away exact)"] if plan.mask == LOCAL_WINDOW else []
     parts += [f"{outlier_keys_of(state)} outlier keys exact"] if plan.outliers else []

@@ -82,23 +82,25 @@ def _options(key: str) -> Options:
 
 
 def _may_be_low_rank(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: str, causal: bool, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: str, causal: bool, scale: float, differentiated: bool
 ) -> bool:
     """Whether a call with masks can be low rank, if they show that it may."""
-    plans = _site_plans(options, causal, scale, q.shape[-1], q.device.type, True)
+    plans = _site_plans(options, causal, scale, q.shape[-1], q.device.type, True, differentiated)
     return not policy.why_exact(tuple(_shape(q, k, v).items()), plans, options)
 
 
 @functools.lru_cache(maxsize=1024)
-def _site_plans(options: str, causal: bool, scale: float, d: int, device: str, padding: bool) -> tuple[SitePlan, ...]:
-    return SitePlan.all_of(_options(options), causal, scale, d, device, padding)
+def _site_plans(
+    options: str, causal: bool, scale: float, d: int, device: str, padding: bool, differentiated: bool
+) -> tuple[SitePlan, ...]:
+    return SitePlan.all_of(_options(options), causal, scale, d, device, padding, differentiated)
 
 
 @torch.library.custom_op(
     "polyattn::attention",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor[] masks, Tensor[] owners, float scale, bool causal, str changes, "
-    "str site, str options, str version) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool differentiated, str site, str options, str version) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _attention(
     q: torch.Tensor,
@@ -109,6 +111,7 @@ def _attention(
     scale: float,
     causal: bool,
     changes: str,
+    differentiated: bool,
     site: str,
     options: str,
     version: str,
@@ -117,14 +120,16 @@ def _attention(
     if q.numel() == 0 or k.numel() == 0:  # nothing to decide, and nothing that torch's kernel survives
         out, stat = exact.empty_tokens_first(q, v.shape[-1]).zero_(), q.new_zeros(q.shape[:-1], dtype=wide)
         return out, stat, fits.nothing(k, opts), torch.tensor([EXACT]), *nothing_hidden(masks, q, k)
-    useful = bool(masks) and _may_be_low_rank(q, k, v, options, causal, scale)
+    useful = bool(masks) and _may_be_low_rank(q, k, v, options, causal, scale, differentiated)
     call = Masks.of(masks, changes, CAUSAL if causal else NONE, q, k, useful)
     padding = call.keep is not None
-    plans = _site_plans(options, call.mask.is_causal, scale, q.shape[-1], q.device.type, padding)
+    plans = _site_plans(options, call.mask.is_causal, scale, q.shape[-1], q.device.type, padding, differentiated)
     plain = plans[0]
     pointers = tuple(owner.data_ptr() for owner in owners)
     seen = policy.OTHER if call.other else plain.seen
-    key = registry.Key(site, pointers, options, seen, scale, q.shape[-1], v.shape[-1])
+    key = registry.Key(
+        site, pointers, options, seen, scale, q.shape[-1], v.shape[-1], all(plan.differentiated for plan in plans)
+    )
     shape = _shape(q, k, v)
     entry = registry.find(key, lambda: call.decide(shape, plans, opts))
     record = registry.enter(entry, opts, q, k, v)
@@ -159,6 +164,7 @@ def _(
     scale: Any,
     causal: Any,
     changes: Any,
+    differentiated: Any,
     site: Any,
     options: Any,
     version: Any,
@@ -235,7 +241,7 @@ def _(g: Any, q: Any, k: Any, v: Any, *others: Any) -> Any:
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    q, k, v, masks, owners, scale, causal, changes, _, _, version = inputs
+    q, k, v, masks, owners, scale, causal, changes, _, _, _, version = inputs
     if any(mask.requires_grad for mask in masks):
         raise PolyattnError("polyattn::attention has no gradient of a mask; detach it")
     ctx.mark_non_differentiable(*output[1:])
@@ -252,7 +258,7 @@ def _backward(ctx: Any, g: torch.Tensor, *unused: Any) -> Any:
         g, q, k, v, masks, *output, ctx.scale, ctx.causal, ctx.changes, ctx.version, needs
     )
     gradients = [x if need else None for x, need in zip(made, needs, strict=True)]
-    return (*gradients, [None] * len(masks), [None] * ctx.owners, None, None, None, None, None, None)
+    return (*gradients, [None] * len(masks), [None] * ctx.owners, *[None] * 7)
 
 
 def _twice(ctx: Any, *unused: Any) -> Any:
@@ -308,11 +314,12 @@ def attention(
         frame = sys._getframe(1)
         site = f"polyattn.attention at {frame.f_code.co_filename}:{frame.f_lineno}"
 
+    differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     masks, changes = [], NOTHING
     if key_mask is not None:
         masks = [masking.expanded(key_mask, k)[:, None, None]]
         changes = Changes((Change("replace", causal=causal),), zero=True)
     out: torch.Tensor = torch.ops.polyattn.attention(
-        q4, k4, v4, masks, [], factor, causal, changes.text(), site, opts.key(), VERSION
+        q4, k4, v4, masks, [], factor, causal, changes.text(), differentiated, site, opts.key(), VERSION
     )[0]
     return out.reshape(*(lead if q.ndim > 3 else ()), *q.shape[-3:-1], v.shape[-1])

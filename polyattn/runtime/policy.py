@@ -182,7 +182,8 @@ def why_site_is_exact(site: Site, options: Options) -> str:
     sizes = {name: size for name, size in site.shape.items() if isinstance(size, int)}
     if len(sizes) < len(site.shape):
         return ""
-    plans = SitePlan.all_of(options, site.causal, 1.0, sizes["d"], site.q.value.device.type, padding=True)
+    device = site.q.value.device.type
+    plans = SitePlan.all_of(options, site.causal, 1.0, sizes["d"], device, True, site.differentiated)
     return why_exact(tuple(sizes.items()), plans, options.key())
 
 

@@ -38,6 +38,8 @@ class Key(NamedTuple):
     scale: float
     d: int
     e: int
+    differentiated: bool = True
+    """Whether gradients may be asked for: then their errors count too."""
 
     @property
     def place(self) -> str:
@@ -128,12 +130,16 @@ def first_warning(entry: Entry) -> bool:
 def enter(entry: Entry, options: Options, *tensors: torch.Tensor) -> CallRecord:
     """The record of a call with these q, k and v. A recomputation gets the plan of its first run and nothing else."""
     with _lock:
-        if entry.state.counters.calls and inside_backward():
-            if not entry.state.low_rank and not len(entry.recent):
-                return CallRecord(None, False)  # it never was low rank
-            again = entry.recent.find(*tensors)
-            if again is not None:
-                return CallRecord(None, again.low_rank, fit=again.fit, plan=again.plan)
+        if inside_backward():
+            # torch's reentrant checkpoint runs a call first without gradients
+            first = None if entry.state.counters.calls else _entries.get(entry.key._replace(differentiated=False))
+            repeated = entry if first is None else first
+            if repeated.state.counters.calls:
+                if not repeated.state.low_rank and not len(repeated.recent):
+                    return CallRecord(None, False)  # it never was low rank
+                again = repeated.recent.find(*tensors)
+                if again is not None:
+                    return CallRecord(None, again.low_rank, fit=again.fit, plan=again.plan)
         entry.state, audited = policy.count(entry.state, options)
         return CallRecord(entry.state.counters.calls, entry.state.low_rank, audited)
 

@@ -85,7 +85,9 @@ class Errors:
     def used(self, plan: SitePlan) -> torch.Tensor:
         """The part of its tolerances that a head uses: at most 1 where it keeps them."""
         family = tile_layout.family_of(plan)
-        relative = min(RELATIVE * family.relative_tolerance, GRADIENT * family.gradient_tolerance)
+        relative = RELATIVE * family.relative_tolerance
+        if plan.differentiated:
+            relative = min(relative, GRADIENT * family.gradient_tolerance)
         return torch.maximum(self.additive / family.tolerance, self.relative / relative)
 
     def within(self, plan: SitePlan, room: float = 1.0) -> torch.Tensor:

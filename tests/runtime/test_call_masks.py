@@ -117,7 +117,7 @@ def test_values_and_gradients_are_eager_attentions(
     from polyattn.runtime.ops import VERSION
 
     polyattn.reset()
-    got = torch.ops.polyattn.attention(q, k, v, masks, [], 0.5, causal, changes, "test", options, VERSION)[0]
+    got = torch.ops.polyattn.attention(q, k, v, masks, [], 0.5, causal, changes, True, "test", options, VERSION)[0]
     want = eager(q, k, v)
     close = 1e-9 if policy == "exact" else 1e-5
     torch.testing.assert_close(got, want, rtol=0, atol=close, equal_nan=True)
@@ -147,7 +147,8 @@ def test_a_mask_that_does_not_fit_is_a_named_error() -> None:
 
     with pytest.raises(polyattn.errors.ShapeError, match="does not broadcast"):
         torch.ops.polyattn.attention(
-            q, k, v, [torch.ones(3, 1, 1, N).bool()], [], 1.0, False, "zero; replace -inf", "test", EXACT.key(), VERSION
+            *(q, k, v, [torch.ones(3, 1, 1, N).bool()], [], 1.0, False),
+            *("zero; replace -inf", True, "test", EXACT.key(), VERSION),
         )
 
 

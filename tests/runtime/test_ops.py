@@ -330,6 +330,7 @@ def test_operator_is_well_formed() -> None:
             0.5,
             False,
             changes,
+            True,
             "test",
             polyattn.Options(policy="low_rank").key(),
             ops.VERSION,

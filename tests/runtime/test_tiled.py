@@ -272,6 +272,40 @@ def test_a_checkpoint_repeats_its_call() -> None:
     assert only_state().now.counters.calls == 1
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_reentrant_checkpoint_repeats_its_call(causal: bool) -> None:
+    """Its first run is without gradients, and the second is not a call of its own."""
+    inputs = operands(n_q=1024, n_k=1024)
+    registry.reset()
+
+    def f(*tensors: torch.Tensor) -> torch.Tensor:
+        return call([2 * tensors[0], tensors[1], tensors[2]], causal=causal)
+
+    out = torch.utils.checkpoint.checkpoint(f, *inputs, use_reentrant=True)
+    out.square().sum().backward()
+    assert [entry.state.counters.calls for entry in registry.entries()] == [1, 0]
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    wanted = exact([2 * leaves[0], leaves[1], leaves[2]], causal=causal)
+    assert relative(out, wanted) < 0.1
+    for x, y in zip(inputs, torch.autograd.grad(wanted.square().sum(), leaves), strict=True):
+        assert x.grad is not None
+        assert relative(x.grad, y) < 0.25
+
+
+def test_where_gradients_are_wanted_more_pairs_are_exact() -> None:
+    """Gradients err more than outputs, and are not asked for in inference: each has a state of its own."""
+    inputs = operands(n_q=2048, n_k=2048, spread=0.4)
+    registry.reset()
+    training = call(inputs, tolerance=1.0)
+    with torch.no_grad():
+        inference = call(inputs, tolerance=1.0)
+    shares = [max(head.share for head in entry.state.heads) for entry in registry.entries()]
+    assert [entry.key.differentiated for entry in registry.entries()] == [True, False]
+    assert shares[1] < 0.8 * shares[0]
+    wanted = exact(inputs)
+    assert relative(training, wanted) < relative(inference, wanted) < 0.1
+
+
 class Model(torch.nn.Module):
     """One layer of attention."""
 

@@ -120,11 +120,22 @@ def test_call_carries_scale_mask_owners_and_identifier() -> None:
     q = torch.randn(2, 3, 8, 4)
     gm = spliced(softmax_attention, q, q, q)
     (call,) = (node for node in gm.graph.nodes if node.target is OP)
-    _, _, _, masks, owners, scale, causal, changes, site, _, version = call.args
+    _, _, _, masks, owners, scale, causal, changes, differentiated, site, _, version = call.args
     assert (list(masks), changes) == ([], "softmax")
     assert (list(owners), scale, causal, site) == ([], 0.3, True, "test/0")
     assert version == VERSION
+    assert differentiated is False  # no input requires a gradient
     assert "test_splice.py" in call.meta["stack_trace"]
+
+
+def test_a_call_says_whether_gradients_may_be_asked_for() -> None:
+    q = torch.randn(2, 3, 8, 4)
+    weight = q.clone().requires_grad_()
+    for inputs, grad, wanted in (((q, q, weight), True, True), ((q, q, weight), False, False), ((q, q, q), True, False)):
+        with torch.set_grad_enabled(grad):
+            gm = spliced(softmax_attention, *inputs)
+        (call,) = (node for node in gm.graph.nodes if node.target is OP)
+        assert call.args[8] is wanted
 
 
 def test_view_of_an_output_with_other_strides() -> None:
