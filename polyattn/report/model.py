@@ -189,7 +189,8 @@ class SiteReport:
         lambda state: [dataclasses.asdict(head) for head in state.heads],
         lambda site: [],
         "Where tokens are in tiles, for each key head of the last call: ``share`` of its pairs that are exact (1: "
-        "all), ``threshold`` of near pairs (0: exact attention), ``error`` and ``relative_error`` of its check.",
+        "all), ``threshold`` of near pairs (0: exact attention), ``error``, ``relative_error`` "
+        "and ``gradient_error`` (of dQ) of its check.",
     )
     flops_before = FromState[int | None](
         lambda state: state.decision.flops_before,

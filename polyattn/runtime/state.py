@@ -80,6 +80,8 @@ class HeadState:
     error: float | None
     """The row error, in the additive unit, that at most one in a hundred of the rows exceed; None: not measured."""
     relative_error: float | None
+    gradient_error: float | None
+    """The relative error of dQ; 0 where gradients were not asked for."""
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,8 @@ class Step:
     plan: SitePlan
     seen: torch.Tensor
     """Values that all of its queries see, beside others: [H, n, e]."""
+    seen_k: torch.Tensor
+    """Their keys."""
     seen_keep: torch.Tensor | None
     past: Past | None = None
     """Queries before those of the block; None: there is no order of tokens."""
@@ -171,7 +173,7 @@ def _step(
     q, k, v = tensors
     some, until = (q[:, :, block.queries], k[:, block.keys], v[:, block.keys]), block.keys.stop
     of_block, of_all = (None, None) if keep is None else (keep[:, block.keys], keep[:, :until])
-    return Step(number, block, some, of_block, plan, v[:, :until], of_all, past, before)
+    return Step(number, block, some, of_block, plan, v[:, :until], k[:, :until], of_all, past, before)
 
 
 def _segments(

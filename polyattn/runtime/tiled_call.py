@@ -22,7 +22,8 @@ from polyattn.runtime import execute, policy, registry, thresholds, tiled
 from polyattn.runtime.policy import AuditErrors
 from polyattn.runtime.registry import CallRecord, Entry
 from polyattn.runtime.state import HeadState
-from polyattn.runtime.thresholds import Check, Found
+from polyattn.runtime.thresholds import Found
+from polyattn.runtime.tile_check import Check
 from polyattn.runtime.tiled import Forward, Step
 from polyattn.site_plan import SitePlan
 
@@ -95,13 +96,10 @@ class Call:
         first = THRESHOLD * self.options.tolerance
         if self.options.audit_rows == 0:
             return torch.full_like(self.tau[:, at], first) if kept is None else kept
-        check = Check(step, self.heads, self._generator(at))
-        if kept is None:
-            found = thresholds.search(check, self.options.tolerance)
+        check, number = Check(step, self.heads, self._generator(at)), self.record.number
+        if kept is None or (number is not None and number % RECONSIDERED == 0 and not bool(kept.all())):
+            found = thresholds.search(check)
         else:
-            number = self.record.number
-            if number is not None and number % RECONSIDERED == 0:
-                kept = torch.where(kept == 0, first, kept)
             found = thresholds.again(check, kept)
         if self.options.policy == "auto":  # a head that is nearly worth it is asked again by the next call
             seconds = thresholds.seconds(found.errors.share, self.plan, *step.block.shape)
@@ -135,17 +133,16 @@ class Call:
     def report(self, made: Forward) -> None:
         """What reports say of the call."""
         share, largest = made.share.view(-1, self.heads).mean(0), self.tau.amax(1)
-        states = [HeadState(s, t, None, None) for s, t in zip(share.tolist(), largest.tolist(), strict=True)]
+        states = [HeadState(s, t, None, None, None) for s, t in zip(share.tolist(), largest.tolist(), strict=True)]
         if self.found:
-            additive, relative = torch.zeros_like(largest), torch.zeros_like(largest)
+            errors = torch.zeros(3, self.heads).to(largest)
             for at, found in self.found.items():
-                exact = self.tau[:, at] == 0
-                additive = torch.maximum(additive, found.errors.additive.to(additive).masked_fill(exact, 0))
-                relative = torch.maximum(relative, found.errors.relative.to(relative).masked_fill(exact, 0))
-            numbers = (share.tolist(), largest.tolist(), additive.tolist(), relative.tolist())
+                each = torch.stack([found.errors.additive, found.errors.relative, found.errors.gradient])
+                errors = torch.maximum(errors, each.to(errors).masked_fill(self.tau[:, at] == 0, 0))
+            numbers = (share.tolist(), largest.tolist(), *errors.tolist())
             states = [HeadState(*values) for values in zip(*numbers, strict=True)]
             if self.record.number is not None and bool(self.tau.any()):
-                measured = AuditErrors(float(additive.max()), float(relative.max()))
+                measured = AuditErrors(float(errors[0].max()), float(errors[1].max()))
                 number = self.record.number
                 registry.update(self.entry, functools.partial(policy.measured, number=number, errors=measured))
         registry.update(self.entry, functools.partial(policy.heads_seen, heads=tuple(states)))

@@ -68,6 +68,8 @@ class NearPairs:
     """[H, A, B]: what was chosen, where it is to be kept."""
     shifts: Tensor | None = None
     """[H, A, T_q]: the rows' shifts, where they are to be kept."""
+    scores: Tensor | None = None
+    """[H, A, B]: the scores of all pairs, where they are to be kept; inf where one is no number."""
     means: Tensor | None = None
     """[H, tiles, d]: means of all tiles, where ``q`` holds rows of some of them."""
     sigma: Tensor | None = None
@@ -109,6 +111,8 @@ class NearPairs:
         if self.whole is not None:
             near |= self.whole[head, tiles, None]
         near &= self._some_k
+        if self.scores is not None:
+            self.scores[head, tiles] = torch.where(score.isnan(), torch.inf, score)
         if self.near is not None:
             self.near[head, tiles] = near
         made = {"M_near": near, "M_far": ~near, "TOP": top}

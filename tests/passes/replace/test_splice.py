@@ -131,7 +131,11 @@ def test_call_carries_scale_mask_owners_and_identifier() -> None:
 def test_a_call_says_whether_gradients_may_be_asked_for() -> None:
     q = torch.randn(2, 3, 8, 4)
     weight = q.clone().requires_grad_()
-    for inputs, grad, wanted in (((q, q, weight), True, True), ((q, q, weight), False, False), ((q, q, q), True, False)):
+    for inputs, grad, wanted in (
+        ((q, q, weight), True, True),
+        ((q, q, weight), False, False),
+        ((q, q, q), True, False),
+    ):
         with torch.set_grad_enabled(grad):
             gm = spliced(softmax_attention, *inputs)
         (call,) = (node for node in gm.graph.nodes if node.target is OP)
