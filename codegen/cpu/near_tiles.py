@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 import sympy
 
@@ -33,6 +34,9 @@ def side_by_side(shape, *parts):
 
 class TileWriter(TileProducts):
     """The parts of an emitted file of a specification in tiles."""
+
+    parameters: ClassVar[str] = "inputs, scalars, block, choose"
+    """What the emitted function ``run`` takes."""
 
     def __init__(self, spec: KernelSpec) -> None:
         super().__init__(spec)
@@ -101,6 +105,14 @@ class TileWriter(TileProducts):
         else:
             self._single(unit.node)
 
+    def _globals(self) -> list[str]:
+        """Constants and helpers of the file."""
+        return [f"PAIR_ELEMENTS = {PAIR_ELEMENTS}", f"LOG2E = {math.log2(math.e)!r}", "", HELPERS]
+
+    def _first(self) -> list[str]:
+        """Lines for what is computed from sizes alone."""
+        return ["step = max(1, PAIR_ELEMENTS // (T_q * T_k))"]
+
     # -- the file ----------------------------------------------------------------------------------------------------
 
     def text(self) -> str:
@@ -125,13 +137,10 @@ class TileWriter(TileProducts):
             "",
             "import torch",
             "",
-            f"PAIR_ELEMENTS = {PAIR_ELEMENTS}",
-            f"LOG2E = {math.log2(math.e)!r}",
-            "",
-            HELPERS,
+            *self._globals(),
             "",
             "@torch.no_grad()",
-            "def run(inputs, scalars, block, choose):",
+            f"def run({self.parameters}):",
             '    """Outputs by name, [H, tiles, ...]."""',
         ]
         body = [f'{name} = scalars["{name}"]' for name in _symbols(self.outputs.values())]
@@ -140,7 +149,7 @@ class TileWriter(TileProducts):
             "H, A, T_q, d = Q.shape",
             '_, B, T_k, e = inputs["V"].shape',
             "one, all_tiles = Q.new_ones(1), A",
-            "step = max(1, PAIR_ELEMENTS // (T_q * T_k))",
+            *self._first(),
             "outputs = {}",
         ]
         for name, n in self.outputs.items():

@@ -10,11 +10,11 @@ import sympy
 import torch
 
 from polyattn.codegen import tables
+from polyattn.codegen.cpu import tiled
 from polyattn.codegen.cpu.draft import Draft
 from polyattn.codegen.cpu.emit import LoopWriter
 from polyattn.codegen.cpu.fused import DTYPES, FLASH
 from polyattn.codegen.cpu.layout import Layout, Sizes, number
-from polyattn.codegen.cpu.near_tiles import TileWriter
 from polyattn.codegen.cpu.plan import state_key
 from polyattn.codegen.phases import Choose
 from polyattn.codegen.spec import QUERY_SIDE, TOKENS, KernelSpec, letters
@@ -89,21 +89,12 @@ def _written(spec: KernelSpec) -> LoopWriter | str:
 
 
 @functools.cache
-def _in_tiles(spec: KernelSpec) -> TileWriter | str:
-    """The file of a specification in tiles, or why there is no code for it."""
-    try:
-        return TileWriter(spec)
-    except (EmitError, ScheduleError) as error:
-        return str(error)
-
-
-@functools.cache
 def _text(spec: KernelSpec) -> str:
-    writer = _in_tiles(spec) if spec.tiled else _written(spec)
+    if spec.tiled:
+        return tiled.text(spec)
+    writer = _written(spec)
     if isinstance(writer, str):
         raise EmitError(writer)
-    if isinstance(writer, TileWriter):
-        return writer.text()
     helpers = [text.strip("\n") for name, text in _HELPERS.items() if name in writer.draft.helpers]
     parts = [_header(spec, writer), _weights(writer.draft), *helpers, _run(spec, writer)]
     return "\n\n\n".join(parts) + "\n"
@@ -193,11 +184,14 @@ class CPUTarget(Target):
 
     def unsupported(self, spec: KernelSpec) -> str | None:
         """See :meth:`Target.unsupported`; found by writing the loops, once."""
-        writer = _in_tiles(spec) if spec.tiled else _written(spec)
+        if spec.tiled:
+            return tiled.unsupported(spec)
+        writer = _written(spec)
         return writer if isinstance(writer, str) else None
 
     def emit(self, spec: KernelSpec) -> str:
-        """An importable Python file; sizes are read from the tensors that its ``run`` is given."""
+        """An importable Python file; sizes are read from the tensors that its ``run`` is given. Of a specification in
+        tiles it has C++, in place of which torch code runs where that cannot be compiled."""
         return _text(spec)
 
     def run(
@@ -212,10 +206,7 @@ class CPUTarget(Target):
         """See :meth:`Target.run`."""
         if spec.tiled:
             assert choose is not None, "a specification in tiles needs a choice of near pairs"
-            tiled: dict[str, torch.Tensor] = tables.module(f"cpu_{spec.name}", _text(spec)).run(
-                inputs, scalars, block, choose
-            )
-            return tiled
+            return tiled.run(spec, inputs, scalars, block, choose)
         module, writer, sample = tables.module(f"cpu_{spec.name}", _text(spec)), _written(spec), inputs["Q"]
         assert isinstance(writer, LoopWriter)
         weights = {

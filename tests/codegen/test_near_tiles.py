@@ -13,6 +13,7 @@ from tiled import Case, dense
 
 from polyattn.codegen import targets
 from polyattn.codegen.cpu.target import CPU
+from polyattn.codegen.cpu.tiled import torch_text
 from polyattn.codegen.phases import schedule_tiles
 from polyattn.codegen.reference import REFERENCE
 from polyattn.codegen.target import Target
@@ -142,6 +143,7 @@ def test_emitted_code(golden: Callable[..., None], what: str) -> None:
     specs = made(1)
     spec = specs.forward if what == "forward" else specs.backward(GRADIENTS)
     golden(f"cpu/clustered_{what}.py", CPU.emit(spec))
+    golden(f"cpu/clustered_{what}_torch.py", torch_text(spec))
 
 
 @pytest.mark.golden

@@ -11,8 +11,122 @@ FLOPs per head: 2*d*e*n_k + 2*d*e*n_q + 2*d*n_k*n_q*ν + 3*d*n_k + 3*d*n_q + 2*e
 
 import torch
 
-PAIR_ELEMENTS = 524288
 LOG2E = 1.4426950408889634
+
+SOURCE = r"""
+#include "polyattn_tiles.h"
+
+// tiles of keys: t_83, OMEGA
+extern "C" void key_tiles_1(void* const* tensor, const Size* size, const double* number) {
+  const Size threads = size[0], A = size[1], B = size[2], T_q = size[3], T_k = size[4];
+  const Size operand_whole_columns = size[5];
+  const Size KAPPA_packed_columns = size[6];
+  const Size KAPPA_wide_columns = size[7];
+  const Size KP_sums_columns = size[8];
+  const Size V_wide_columns = size[9];
+  const Size NP_sums_columns = size[10];
+  const Size lanes = padded(T_k);
+  float* const operand_whole = static_cast<float*>(tensor[0]);  // [A, columns]
+  float* const KAPPA_packed = static_cast<float*>(tensor[1]);  // [B, columns, lanes]
+  float* const DP_sums = static_cast<float*>(tensor[2]);  // [A, B]
+  float* const KAPPA_wide = static_cast<float*>(tensor[3]);  // [B, T_k, columns]
+  float* const KP_sums = static_cast<float*>(tensor[4]);  // [A, B, columns]
+  float* const V_wide = static_cast<float*>(tensor[5]);  // [B, T_k, columns]
+  float* const NP_sums = static_cast<float*>(tensor[6]);  // [A, B, columns]
+#pragma omp parallel num_threads(threads)
+  {
+    Tile OMEGA_tile(T_k);
+#pragma omp for schedule(dynamic)
+    for (Size b = 0; b < B; ++b) {
+      for (Size row = 0; row < A; row += CHUNK) {
+        const Size rows = std::min(CHUNK, A - row);
+        product(rows, lanes, operand_whole_columns, operand_whole + row * operand_whole_columns, operand_whole_columns,
+            KAPPA_packed + b * KAPPA_packed_columns * lanes, lanes, [&](Vec t_83, Size at) {
+          const Vec OMEGA = exp2(t_83);
+          store(OMEGA_tile + at, OMEGA);
+        });
+        sum_lanes(rows, T_k, OMEGA_tile, nullptr, DP_sums + row * B + b, B);
+        sum_lanes(rows, T_k, OMEGA_tile, KAPPA_wide_columns, KAPPA_wide + b * T_k * KAPPA_wide_columns,
+            KAPPA_wide_columns, KP_sums + (row * B + b) * KP_sums_columns, B * KP_sums_columns);
+        sum_lanes(rows, T_k, OMEGA_tile, V_wide_columns, V_wide + b * T_k * V_wide_columns, V_wide_columns, NP_sums +
+            (row * B + b) * NP_sums_columns, B * NP_sums_columns);
+      }
+    }
+  }
+}
+
+// tiles of queries: X, E
+extern "C" void query_tiles_2(void* const* tensor, const Size* size, const double* number) {
+  const Size threads = size[0], A = size[1], B = size[2], T_q = size[3], T_k = size[4];
+  const Size operand_2_packed_columns = size[5];
+  const Size operand_3_columns = size[6];
+  const Size NP_wide_columns = size[7];
+  const Size t_119_sums_columns = size[8];
+  const Size lanes = padded(T_q);
+  float* const operand_2_packed = static_cast<float*>(tensor[0]);  // [A, columns, lanes]
+  float* const operand_3 = static_cast<float*>(tensor[1]);  // [A, B, columns]
+  float* const DP_whole = static_cast<float*>(tensor[2]);  // [A, B]
+  float* const t_116_sums = static_cast<float*>(tensor[3]);  // [A, T_q]
+  float* const NP_wide = static_cast<float*>(tensor[4]);  // [A, B, columns]
+  float* const t_119_sums = static_cast<float*>(tensor[5]);  // [A, T_q, columns]
+#pragma omp parallel num_threads(threads)
+  {
+    Tile E_tile(T_q);
+#pragma omp for schedule(dynamic)
+    for (Size a = 0; a < A; ++a) {
+      for (Size row = 0; row < B; row += CHUNK) {
+        const Size rows = std::min(CHUNK, B - row);
+        product(rows, lanes, operand_3_columns, operand_3 + (a * B + row) * operand_3_columns, operand_3_columns,
+            operand_2_packed + a * operand_2_packed_columns * lanes, lanes, [&](Vec X, Size at) {
+          const Vec E = exp2(X);
+          store(E_tile + at, E);
+        });
+        sum_rows(rows, T_q, E_tile, DP_whole + a * B + row, 1, t_116_sums + a * T_q);
+        sum_rows(rows, T_q, E_tile, NP_wide_columns, NP_wide + (a * B + row) * NP_wide_columns, NP_wide_columns,
+            t_119_sums + a * T_q * t_119_sums_columns, t_119_sums_columns);
+      }
+    }
+  }
+}
+
+// near pairs of tiles: SN, PN
+extern "C" void near_pairs_3(void* const* tensor, const Size* size, const double* number) {
+  const Size threads = size[0], A = size[1], B = size[2], T_q = size[3], T_k = size[4];
+  const Size operand_4_columns = size[5];
+  const Size operand_5_packed_columns = size[6];
+  const Size V_wide_columns = size[7];
+  const Size t_131_sums_columns = size[8];
+  const Size lanes = padded(T_k);
+  float* const operand_4 = static_cast<float*>(tensor[0]);  // [A, T_q, columns]
+  float* const operand_5_packed = static_cast<float*>(tensor[1]);  // [B, columns, lanes]
+  float* const t_129_sums = static_cast<float*>(tensor[2]);  // [A, T_q]
+  float* const V_wide = static_cast<float*>(tensor[3]);  // [B, T_k, columns]
+  float* const t_131_sums = static_cast<float*>(tensor[4]);  // [A, T_q, columns]
+  const Size* const first = static_cast<Size*>(tensor[5]);
+  const Size* const column = static_cast<Size*>(tensor[6]);
+#pragma omp parallel num_threads(threads)
+  {
+    Tile PN_tile(T_k);
+#pragma omp for schedule(dynamic)
+    for (Size a = 0; a < A; ++a) {
+      for (Size pair = first[a]; pair < first[a + 1]; ++pair) {
+        const Size b = column[pair];
+        for (Size row = 0; row < T_q; row += CHUNK) {
+          const Size rows = std::min(CHUNK, T_q - row);
+          product(rows, lanes, operand_4_columns, operand_4 + (a * T_q + row) * operand_4_columns, operand_4_columns,
+              operand_5_packed + b * operand_5_packed_columns * lanes, lanes, [&](Vec SN, Size at) {
+            const Vec PN = exp2(SN);
+            store(PN_tile + at, PN);
+          });
+          sum_lanes(rows, T_k, PN_tile, nullptr, t_129_sums + a * T_q + row, 1);
+          sum_lanes(rows, T_k, PN_tile, V_wide_columns, V_wide + b * T_k * V_wide_columns, V_wide_columns, t_131_sums +
+              (a * T_q + row) * t_131_sums_columns, t_131_sums_columns);
+        }
+      }
+    }
+  }
+}
+"""
 
 
 def side_by_side(shape, *parts):
@@ -20,15 +134,32 @@ def side_by_side(shape, *parts):
     return torch.cat([part.expand(*shape, part.shape[-1]) for part in parts], -1)
 
 
+def padded(size):
+    """The length of an axis that vectors run along, in memory."""
+    return size + -size % 16
+
+
+def packed(x):
+    """The last two axes exchanged; the last one, along which vectors run, is padded."""
+    return torch.nn.functional.pad(x.mT, (0, -x.shape[-2] % 16)).contiguous()
+
+
+def wide(x):
+    """A value in one piece whose columns are padded."""
+    missing = -x.shape[-1] % 16
+    return torch.nn.functional.pad(x, (0, missing)) if missing else x.contiguous()
+
+
 @torch.no_grad()
-def run(inputs, scalars, block, choose):
+def run(inputs, scalars, block, choose, call):
     """Outputs by name, [H, tiles, ...]."""
     s = scalars["s"]
     Q, K = inputs["Q"], inputs["K"]
     H, A, T_q, d = Q.shape
     _, B, T_k, e = inputs["V"].shape
     one, all_tiles = Q.new_ones(1), A
-    step = max(1, PAIR_ELEMENTS // (T_q * T_k))
+    threads = torch.get_num_threads()
+    slots = min(threads, 16)
     outputs = {}
     outputs["O"] = Q.new_empty(H, all_tiles, T_q, e)
     outputs["D"] = Q.new_empty(H, all_tiles, T_q)
@@ -38,76 +169,82 @@ def run(inputs, scalars, block, choose):
         KBAR = torch.einsum("uv, uvw -> uw", W_K, K)
         KAPPA = K - KBAR[:, None, :]
         V = inputs["V"][h]
-        operand = side_by_side((B, T_k,), one, KAPPA, V)
-        operand_3 = side_by_side((B, T_k,), K, one)
-        operand_4 = side_by_side((B, T_k,), one, V)
-        t_71 = W_K.permute(1, 0)[:, :, None] * V.permute(1, 0, 2)
-        t_72 = torch.einsum("uvw, vux -> vxw", t_71, KAPPA).permute(0, 2, 1)
-        MB = t_72.permute(0, 2, 1)
+        t_74 = W_K.permute(1, 0)[:, :, None] * V.permute(1, 0, 2)
+        t_75 = torch.einsum("uvw, vux -> vxw", t_74, KAPPA).permute(0, 2, 1)
+        MB = t_75.permute(0, 2, 1)
+        KAPPA_packed = packed(KAPPA)
+        KAPPA_wide = wide(KAPPA)
+        V_wide = wide(V)
+        operand_5 = side_by_side((B, T_k,), K, one)
+        operand_5_packed = packed(operand_5)
         for at in range(0, all_tiles, block):
             tiles = slice(at, min(at + block, all_tiles))
             A = tiles.stop - tiles.start
             W_Q = inputs["W_Q"][h, tiles]
             Q = inputs["Q"][h, tiles]
             MU = torch.einsum("uv, uvw -> uw", W_Q, Q)
-            t_35 = torch.einsum("uv, wxv -> uwx", s * LOG2E * MU, KAPPA).permute(2, 0, 1)
-            Y = t_35.permute(1, 2, 0)
-            OMEGA = Y.exp2_()
-            together = torch.einsum("uvw, vwK -> uvK", OMEGA, operand)
-            DP = together[..., 0]
-            KP = together[..., 0 + 1 : 0 + 1 + d]
-            NP = together[..., 0 + 1 + d : 0 + 1 + d + e]
-            t_44 = DP.reciprocal()
-            CK = KP.mul_(t_44[:, :, None])
+            t_77 = torch.einsum("uv, wv -> uw", MU, KBAR)
+            FLOOR = inputs["FLOOR"][h, tiles]
+            DELTA = Q - MU[:, None, :]
+            operand = s * LOG2E * MU
+            operand_whole = operand.contiguous()
+            DP_sums = Q.new_zeros(A, B)
+            KP_sums = Q.new_zeros(A, B, padded(d))
+            NP_sums = Q.new_zeros(A, B, padded(e))
+            call("key_tiles_1", (operand_whole, KAPPA_packed, DP_sums, KAPPA_wide, KP_sums, V_wide, NP_sums,), (threads, A,
+                B, T_q, T_k, operand_whole.shape[-1], KAPPA_packed.shape[-2], KAPPA_wide.shape[-1], KP_sums.shape[-1],
+                V_wide.shape[-1], NP_sums.shape[-1],))
+            DP = DP_sums
+            KP = KP_sums[..., :d]
+            NP = NP_sums[..., :e]
+            t_93 = DP.reciprocal()
+            CK = KP.mul_(t_93[:, :, None])
             chosen = choose(h, tiles, {"MU": MU, "KBAR": KBAR, "DP": DP, "CK": CK, "NP": NP})
             near, hidden = chosen["M_near"], ~chosen["M_far"]
             off = Q.new_zeros(hidden.shape).masked_fill_(hidden, torch.finfo(Q.dtype).min / 2)
+            first = torch.nn.functional.pad(near.sum(1).cumsum(0), (1, 0))
+            column = near.nonzero()[:, 1].contiguous()
             SHIFT = chosen["SHIFT"] if "SHIFT" in chosen else inputs["SHIFT"][h, tiles]
-            operand_2 = side_by_side((A, T_q,), s * LOG2E * Q, -1 * LOG2E * SHIFT[:, :, None])
             C = KBAR[None, :, :] + CK
-            t_56 = torch.einsum("uvw, uw -> uv", CK, -s * MU)
-            operand_5 = side_by_side((A, T_q,), s * LOG2E * Q, one, -1 * LOG2E * SHIFT[:, :, None], one)
-            operand_6 = side_by_side((A, B,), C, LOG2E * t_56[:, :, None], one, off[:, :, None])
-            X = torch.einsum("uvK, uwK -> uvw", operand_5, operand_6)
-            t_60 = X.exp2_()
-            t_61 = t_60.permute(1, 0, 2)
-            E = t_61.permute(1, 0, 2)
-            operand_7 = side_by_side((A, B,), DP[:, :, None], NP)
-            together_2 = torch.einsum("uvw, uwK -> uvK", E, operand_7)
-            t_65 = together_2[..., 0].permute(1, 0)
-            t_66 = together_2[..., 0 + 1 : 0 + 1 + e].permute(1, 0, 2)
-            DFAR = t_65.permute(1, 0)
-            NFAR = t_66.permute(1, 0, 2)
-            t_74 = torch.einsum("uv, wv -> uw", MU, KBAR)
+            t_97 = torch.einsum("uvw, uw -> uv", CK, -s * MU)
             TOP = chosen["TOP"] if "TOP" in chosen else inputs["TOP"][h, tiles]
-            Z = s * t_74 - TOP[:, None]
-            t_77 = Z.exp_()
-            t_78 = t_77.masked_fill_(hidden, 0)
-            WP = t_78.mul_(DP)
-            t_80 = WP.sum(1)
-            FLOOR = inputs["FLOOR"][h, tiles]
-            WFAR = t_80 + FLOOR
-            t_83 = WFAR.reciprocal_()
-            LAMBDA = t_83[:, None] * WP
-            t_85 = torch.einsum("uvw, xu -> xvw", MB, LAMBDA).permute(1, 2, 0)
-            MA = t_85.permute(2, 0, 1)
-            DELTA = Q - MU[:, None, :]
-            t_88 = torch.einsum("uvw, uxv -> uxw", MA, DELTA).permute(1, 0, 2)
-            t_89 = t_88.mul_(DFAR.permute(1, 0)[:, :, None])
-            rows, columns = near.nonzero(as_tuple=True)
-            sums = Q.new_zeros(A, T_q, 1 + e)
-            for p in range(0, len(rows), step):
-                a, b = rows[p : p + step], columns[p : p + step]
-                SN = torch.einsum("PvK, PxK -> Pvx", operand_2.index_select(0, a), operand_3.index_select(0, b))
-                t_50 = SN.exp2_()
-                sums.index_add_(0, a, torch.einsum("Pij, PjK -> PiK", t_50, operand_4.index_select(0, b)))
-            t_53 = sums[..., 0]
-            t_54 = sums[..., 0 + 1 : 0 + 1 + e].permute(1, 0, 2)
-            D = t_53 + DFAR
-            t_69 = D.reciprocal()
-            N = t_54.permute(1, 0, 2) + NFAR + s * t_89.permute(1, 0, 2)
-            t_91 = N.permute(1, 0, 2).mul_(t_69.permute(1, 0)[:, :, None])
-            OUT = t_91.permute(1, 0, 2)
+            Z = s * t_77 - TOP[:, None]
+            t_100 = Z.exp_()
+            t_101 = t_100.masked_fill_(hidden, 0)
+            WP = t_101.mul_(DP)
+            t_103 = WP.sum(1)
+            WFAR = t_103 + FLOOR
+            t_105 = WFAR.reciprocal_()
+            LAMBDA = t_105[:, None] * WP
+            t_107 = torch.einsum("uvw, xu -> xvw", MB, LAMBDA).permute(1, 2, 0)
+            MA = t_107.permute(2, 0, 1)
+            t_109 = torch.einsum("uvw, uxv -> uxw", MA, DELTA).permute(1, 0, 2)
+            operand_2 = side_by_side((A, T_q,), s * LOG2E * Q, one, -1 * LOG2E * SHIFT[:, :, None], one)
+            operand_2_packed = packed(operand_2)
+            operand_3 = side_by_side((A, B,), C, LOG2E * t_97[:, :, None], one, off[:, :, None])
+            DP_whole = DP.contiguous()
+            t_116_sums = Q.new_zeros(A, T_q)
+            NP_wide = wide(NP)
+            t_119_sums = Q.new_zeros(A, T_q, padded(e))
+            call("query_tiles_2", (operand_2_packed, operand_3, DP_whole, t_116_sums, NP_wide, t_119_sums,), (threads, A, B,
+                T_q, T_k, operand_2_packed.shape[-2], operand_3.shape[-1], NP_wide.shape[-1], t_119_sums.shape[-1],))
+            t_116 = t_116_sums.permute(1, 0)
+            t_119 = t_119_sums[..., :e].permute(1, 0, 2)
+            DFAR = t_116.permute(1, 0)
+            NFAR = t_119.permute(1, 0, 2)
+            t_123 = t_109.mul_(DFAR.permute(1, 0)[:, :, None])
+            operand_4 = side_by_side((A, T_q,), s * LOG2E * Q, -1 * LOG2E * SHIFT[:, :, None])
+            t_129_sums = Q.new_zeros(A, T_q)
+            t_131_sums = Q.new_zeros(A, T_q, padded(e))
+            call("near_pairs_3", (operand_4, operand_5_packed, t_129_sums, V_wide, t_131_sums, first, column,), (threads, A,
+                B, T_q, T_k, operand_4.shape[-1], operand_5_packed.shape[-2], V_wide.shape[-1], t_131_sums.shape[-1],))
+            t_129 = t_129_sums
+            t_131 = t_131_sums[..., :e].permute(1, 0, 2)
+            D = t_129 + DFAR
+            t_134 = D.reciprocal()
+            N = t_131.permute(1, 0, 2) + NFAR + s * t_123.permute(1, 0, 2)
+            t_136 = N.permute(1, 0, 2).mul_(t_134.permute(1, 0)[:, :, None])
+            OUT = t_136.permute(1, 0, 2)
             outputs["O"][h, tiles] = OUT
             outputs["D"][h, tiles] = D
     return outputs

@@ -1,0 +1,91 @@
+"""Specifications in tiles on CPUs: C++ in float32 where there is a compiler, torch code everywhere else."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping
+
+import torch
+
+from polyattn.codegen import tables
+from polyattn.codegen.cpu.cpp.library import Library, load
+from polyattn.codegen.cpu.cpp.tiles import CppTileWriter
+from polyattn.codegen.cpu.near_tiles import TileWriter
+from polyattn.codegen.phases import Choose
+from polyattn.codegen.spec import KernelSpec
+from polyattn.codegen.tables import Scalars
+from polyattn.errors import EmitError, ScheduleError
+
+log = logging.getLogger("polyattn")
+
+
+@functools.cache
+def _written(spec: KernelSpec) -> str | EmitError:
+    try:
+        return TileWriter(spec).text()
+    except (EmitError, ScheduleError) as error:
+        return EmitError(str(error))
+
+
+@functools.cache
+def cpp_text(spec: KernelSpec) -> str | None:
+    """The file whose large values are C++; None where a value has none."""
+    try:
+        return CppTileWriter(spec).text()
+    except (EmitError, ScheduleError) as error:
+        log.info("%s in tiles has no C++: %s", spec.name, error)
+        return None
+
+
+def torch_text(spec: KernelSpec) -> str:
+    """The file of torch calls alone.
+
+    Raises:
+        EmitError: there is no code for the specification.
+    """
+    written = _written(spec)
+    if isinstance(written, EmitError):
+        raise written
+    return written
+
+
+def text(spec: KernelSpec) -> str:
+    """The file that runs in float32 where there is a compiler; see :func:`torch_text`."""
+    written = torch_text(spec)
+    return cpp_text(spec) or written
+
+
+def unsupported(spec: KernelSpec) -> str | None:
+    """Why there is no code for a specification, found by writing it, once; None where there is."""
+    written = _written(spec)
+    return str(written) if isinstance(written, EmitError) else None
+
+
+@functools.cache
+def library(written: str) -> Library | None:
+    """The compiled C++ of a file; None where it cannot be compiled, of which each reason is said once."""
+    try:
+        return load(tables.module("cpu_tiles", written).SOURCE)
+    except EmitError as error:
+        _say(str(error))
+        return None
+
+
+@functools.cache
+def _say(reason: str) -> None:
+    log.warning("clustered attention runs as torch code on this CPU, which takes longer than C++: %s", reason)
+
+
+def run(
+    spec: KernelSpec, inputs: Mapping[str, torch.Tensor], scalars: Scalars, block: int, choose: Choose
+) -> dict[str, torch.Tensor]:
+    """Outputs of a specification by name; see :func:`polyattn.codegen.targets.run`."""
+    written = cpp_text(spec) if all(x.dtype == torch.float32 for x in inputs.values()) else None
+    compiled = None if written is None else library(written)
+    made: dict[str, torch.Tensor]
+    if written is None or compiled is None:
+        made = tables.module(f"cpu_{spec.name}", torch_text(spec)).run(inputs, scalars, block, choose)
+    else:
+        made = tables.module("cpu_tiles", written).run(inputs, scalars, block, choose, compiled)
+    return made
