@@ -18,6 +18,9 @@ from polyattn.codegen.tables import Scalars
 from polyattn.errors import EmitError, ScheduleError
 
 log = logging.getLogger("polyattn")
+WIDER = 4
+"""How many times as many tiles of queries C++ takes at a time as torch code, which has values for all of their keys in
+memory."""
 
 
 @functools.cache
@@ -87,5 +90,5 @@ def run(
     if written is None or compiled is None:
         made = tables.module(f"cpu_{spec.name}", torch_text(spec)).run(inputs, scalars, block, choose)
     else:
-        made = tables.module("cpu_tiles", written).run(inputs, scalars, block, choose, compiled)
+        made = tables.module("cpu_tiles", written).run(inputs, scalars, WIDER * block, choose, compiled)
     return made

@@ -120,15 +120,13 @@ class CppTileWriter(TileWriter):
             for part in unit.parts:
                 operand, places = ((part.left, part.left_axes), (part.right, part.right_axes))[which]
                 parts.append((operand, places, self._coefficient(n, part, which)))
-            held = {p for _, places, _ in parts for p in places}
-            wanted = [kind for kind in IN_MEMORY if kind in n.axes and n.axes.index(kind) in held]
+            held = {n.axes[p] for _, places, _ in parts for p in places if p >= 0}
             lanes = n.axes.index(grid.lanes) in own
-            wanted = [kind for kind in wanted if kind not in (grid.rows, grid.lanes)]
-            kinds = [*wanted, grid.lanes if lanes else grid.rows]
+            kinds = [kind for kind in IN_MEMORY if kind in held | {grid.lanes if lanes else grid.rows}]
             value = self._operand(parts, [n.axes.index(kind) for kind in kinds], kinds)
             function = "packed" if lanes else "whole"
             memory = self._arrange(function, value.name, value.place)
-            axes: tuple[Axis, ...] = (*wanted, COLUMNS, PADDED) if lanes else (*kinds, COLUMNS)
+            axes: tuple[Axis, ...] = (*kinds[:-1], COLUMNS, PADDED) if lanes else (*kinds, COLUMNS)
             sides[lanes] = writer.take(memory, memory, axes)
         if len(sides) != 2:
             raise EmitError(f"{n} is no product of rows and lanes of {grid.title}")
