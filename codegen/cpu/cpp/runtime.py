@@ -92,33 +92,75 @@ INLINE void multiply(Vec (&acc)[M][N], Size K, const float* x, Size x_row, Size 
   }
 }
 
-template <int M, int N, class Then>
-INLINE void product_block(Size row, Size lane, Size row_size, Size K, const float* x, Size x_row, const float* y,
-                          Size y_row, const Then& then) {
+// Summands of a tile: Σ_k x[row, k] y[k, lane], where rows of y are as long as those of the tile; x[row] y[lane];
+// x[row]; y[lane].
+struct Columns {
+  Size K;
+  const float* x;
+  Size x_row;
+  const float* y;
+  template <int M, int N>
+  INLINE void add(Vec (&acc)[M][N], Size row, Size lane, Size lanes) const {
+    multiply(acc, K, x + row * x_row, x_row, 1, y + lane, lanes);
+  }
+};
+struct RowsLanes {
+  const float* x;
+  Size x_row;
+  const float* y;
+  template <int M, int N>
+  INLINE void add(Vec (&acc)[M][N], Size row, Size lane, Size lanes) const {
+    multiply(acc, 1, x + row * x_row, x_row, 1, y + lane, lanes);
+  }
+};
+struct Rows {
+  const float* x;
+  Size x_row;
+  template <int M, int N>
+  INLINE void add(Vec (&acc)[M][N], Size row, Size, Size) const {
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) acc[m][n] += x[(row + m) * x_row];
+    }
+  }
+};
+struct Lanes {
+  const float* y;
+  template <int M, int N>
+  INLINE void add(Vec (&acc)[M][N], Size, Size lane, Size) const {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) acc[m][n] += load(y + lane + n * W);
+    }
+  }
+};
+
+template <int M, int N, class Then, class... Terms>
+INLINE void tile_block(Size row, Size lane, Size lanes, const Then& then, const Terms&... terms) {
   Vec acc[M][N] = {};
-  multiply(acc, K, x + row * x_row, x_row, 1, y + lane, y_row);
+  (terms.add(acc, row, lane, lanes), ...);
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) then(acc[m][n], (row + m) * row_size + lane + n * W);
+    for (int n = 0; n < N; ++n) then(acc[m][n], (row + m) * lanes + lane + n * W);
   }
 }
 
-template <int M, class Then>
-INLINE void product_rows(Size row, Size lanes, Size K, const float* x, Size x_row, const float* y, Size y_row,
-                         const Then& then) {
+template <int M, class Then, class... Terms>
+INLINE void tile_rows(Size row, Size lanes, const Then& then, const Terms&... terms) {
   Size lane = 0;
-  for (; lane + 4 * W <= lanes; lane += 4 * W) product_block<M, 4>(row, lane, lanes, K, x, x_row, y, y_row, then);
-  for (; lane < lanes; lane += W) product_block<M, 1>(row, lane, lanes, K, x, x_row, y, y_row, then);
+  for (; lane + 4 * W <= lanes; lane += 4 * W) tile_block<M, 4>(row, lane, lanes, then, terms...);
+  for (; lane < lanes; lane += W) tile_block<M, 1>(row, lane, lanes, then, terms...);
 }
 
-// then(Σ_k x[row, k] y[k, lanes], where) for every vector of a tile; lanes is a multiple of 16.
-template <class Then>
-INLINE void product(Size rows, Size lanes, Size K, const float* x, Size x_row, const float* y, Size y_row,
-                    const Then& then) {
+// then(sum of the terms, where) for every vector of a tile; lanes is a multiple of 16.
+template <class Then, class... Terms>
+INLINE void product(Size rows, Size lanes, const Then& then, const Terms&... terms) {
   Size row = 0;
-  for (; row + 4 <= rows; row += 4) product_rows<4>(row, lanes, K, x, x_row, y, y_row, then);
-  for (; row < rows; ++row) product_rows<1>(row, lanes, K, x, x_row, y, y_row, then);
+  for (; row + 4 <= rows; row += 4) tile_rows<4>(row, lanes, then, terms...);
+  for (; row < rows; ++row) tile_rows<1>(row, lanes, then, terms...);
 }
 
 template <int M, int N>

@@ -10,7 +10,6 @@ from polyattn.codegen.cpu.cpp.runtime import HEADER, LANES
 from polyattn.codegen.cpu.cpp.walks import COLUMNS, RESERVED, Axis, Memory, WalkWriter
 from polyattn.codegen.cpu.cpp.walks import LANES as PADDED
 from polyattn.codegen.cpu.layout import number
-from polyattn.codegen.cpu.near_tiles import HELPERS as PAIRS_HELPERS
 from polyattn.codegen.cpu.near_tiles import TileWriter
 from polyattn.codegen.cpu.tile_values import BLOCK, END, SIZES, Value, arranged, in_bits
 from polyattn.codegen.cpu.units import Part, Single, Stacked, Unit
@@ -36,8 +35,13 @@ def packed(x):
     return torch.nn.functional.pad(x.mT, (0, -x.shape[-2] % {LANES})).contiguous()
 
 
+def whole(x):
+    """A value in one piece."""
+    return x.contiguous()
+
+
 def wide(x):
-    """A value in one piece whose columns are padded."""
+    """A value in one piece whose last axis is padded."""
     missing = -x.shape[-1] % {LANES}
     return torch.nn.functional.pad(x, (0, missing)) if missing else x.contiguous()
 '''
@@ -87,8 +91,8 @@ class CppTileWriter(TileWriter):
                 self.names.setdefault(same, self.names[unit.makes[0]])
         for unit in (unit for unit in walk.units if not sums(unit)):
             if isinstance(unit, Stacked):
-                sides = self._sides(unit, writer)
-                writer.product(unit, *sides, self._name(unit.node))
+                terms = self._terms(unit, writer)
+                writer.product(unit.node, self._name(unit.node), terms)
             elif isinstance(unit, Single):
                 self._element(unit.node, writer)
         for unit in (unit for unit in walk.units if sums(unit)):
@@ -109,28 +113,45 @@ class CppTileWriter(TileWriter):
             self.lines[place].append(f"{name} = {code}")
             self.values[n] = Value(name, n.axes, place)
 
-    def _sides(self, unit: Stacked, writer: WalkWriter) -> tuple[Memory, Memory]:
-        """Operands of a product: by rows, and by lanes, packed."""
-        n, grid = unit.node, writer.grid
+    def _terms(self, unit: Stacked, writer: WalkWriter) -> list[tuple[Memory | None, Memory | None]]:
+        """Summands of a product: what there is by rows and by lanes."""
+        n, lanes = unit.node, unit.node.axes.index(writer.grid.lanes)
         if any(part.hidden for part in unit.parts):
             self.masked.add(n)
-        sides = {}
-        for which, own in ((0, unit.rows), (1, unit.columns)):
-            parts = []
-            for part in unit.parts:
-                operand, places = ((part.left, part.left_axes), (part.right, part.right_axes))[which]
-                parts.append((operand, places, self._coefficient(n, part, which)))
-            held = {n.axes[p] for _, places, _ in parts for p in places if p >= 0}
-            lanes = n.axes.index(grid.lanes) in own
-            kinds = [kind for kind in IN_MEMORY if kind in held | {grid.lanes if lanes else grid.rows}]
-            value = self._operand(parts, [n.axes.index(kind) for kind in kinds], kinds)
-            function = "packed" if lanes else "whole"
-            memory = self._arrange(function, value.name, value.place)
-            axes: tuple[Axis, ...] = (*kinds[:-1], COLUMNS, PADDED) if lanes else (*kinds, COLUMNS)
-            sides[lanes] = writer.take(memory, memory, axes)
-        if len(sides) != 2:
-            raise EmitError(f"{n} is no product of rows and lanes of {grid.title}")
-        return sides[False], sides[True]
+        terms = []
+        for part in unit.parts:
+            by_rows: Memory | None = None
+            by_lanes: Memory | None = None
+            for which, operand, places in ((0, part.left, part.left_axes), (1, part.right, part.right_axes)):
+                if operand is None:
+                    continue
+                memory = self._operand_of(n, operand, places, self._coefficient(n, part, which), writer)
+                if lanes in places:
+                    by_lanes = memory
+                elif by_rows is not None:
+                    raise EmitError(f"{n} is no product of rows and lanes of {writer.grid.title}")
+                else:
+                    by_rows = memory
+            terms.append((by_rows, by_lanes))
+        return terms
+
+    def _operand_of(self, n: Node, operand: Node, places: Sequence[int], factor: str, writer: WalkWriter) -> Memory:
+        """An operand of a product in memory, times a factor; what has lanes is packed."""
+        if operand.op == "mask":
+            return writer.take("off", "off", operand.axes)
+        value, held = self.values[operand], {n.axes[p]: at for at, p in enumerate(places) if p >= 0}
+        kinds: list[Axis] = [kind for kind in IN_MEMORY if kind in held]
+        order = [held[kind] for kind in IN_MEMORY if kind in held]
+        columns = list(places).index(-1) if -1 in places else None
+        code = arranged(value.name, order if columns is None else [*order, columns])
+        if writer.grid.lanes in held:
+            axes = [*kinds[:-1], *([] if columns is None else [COLUMNS]), PADDED]
+            function = "wide" if columns is None else "packed"
+        else:
+            axes, function = [*kinds, *([] if columns is None else [COLUMNS])], "whole"
+        scaled = code if factor == "1" else f"{factor} * {code}"
+        name = self._arrange(function, scaled, value.place, value.name if factor == "1" else f"scaled_{value.name}")
+        return writer.take(name, name, axes)
 
     def _coefficient(self, n: Node, part: Part, which: int) -> str:
         """A part's coefficient, on the operand that there is, of queries rather than keys; 1 on the other."""
@@ -141,13 +162,11 @@ class CppTileWriter(TileWriter):
         factor = number(part.coefficient)
         return in_bits(factor) if n in self.exponents else factor
 
-    def _arrange(self, function: str, code: str, place: int) -> str:
+    def _arrange(self, function: str, code: str, place: int, base: str) -> str:
         """A variable for a value as C++ reads it."""
-        text = f"{code}.contiguous()" if function == "whole" else f"{function}({code})"
-        if function == "whole" and code in self.in_one_piece:
-            return code
+        text = f"{function}({code})"
         if text not in self.stacks:
-            name = self._fresh(f"{code}_{function}" if code.isidentifier() else function)
+            name = self._fresh(f"{base}_{function}")
             self.lines[place].append(f"{name} = {text}")
             self.stacks[text] = Value(name, (), place, owned=False)
         return self.stacks[text].name
@@ -170,18 +189,13 @@ class CppTileWriter(TileWriter):
             factors = [number(c) for c in n.attr[0]]
         writer.element(n, self._name(n), bool(n.args) and n.args[0] in self.exponents, factors)
 
-    @property
-    def in_one_piece(self) -> set[str]:
-        """Variables whose memory is in one piece."""
-        return {value.name for text, value in self.stacks.items() if text.startswith("side_by_side")}
-
     # -- the file ----------------------------------------------------------------------------------------------------
 
     parameters = "inputs, scalars, block, choose, call"
 
     def _globals(self) -> list[str]:
         source = "\n\n".join([f'#include "{HEADER}"', *self.functions])
-        return [f"LOG2E = {math.log2(math.e)!r}", "", f'SOURCE = r"""\n{source}\n"""', "", PAIRS_HELPERS, HELPERS]
+        return [f"LOG2E = {math.log2(math.e)!r}", "", f'SOURCE = r"""\n{source}\n"""', "", HELPERS]
 
     def _first(self) -> list[str]:
         return ["threads = torch.get_num_threads()", f"slots = min(threads, {SLOTS})"]
@@ -232,7 +246,7 @@ class CppTileWriter(TileWriter):
             kinds = [*(kind for kind in kinds if kind != gone), gone]
         positions = [partner.axes.index(kind) for kind in kinds] + list(free)
         code = arranged(value.name, positions)
-        name = self._arrange("wide" if free else "whole", code, value.place)
+        name = self._arrange("wide" if free else "whole", code, value.place, value.name)
         return writer.take(name, name, (*kinds, *([COLUMNS] if free else [])))
 
 

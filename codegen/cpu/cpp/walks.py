@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from polyattn.codegen.cpu.cpp.grids import NEAR, Walk
-from polyattn.codegen.cpu.units import Stacked
 from polyattn.errors import EmitError
 from polyattn.rewriter.algebra.expr import Kind
 from polyattn.rewriter.algebra.tensor import KEY_PLACE, KEY_TILE, QUERY_PLACE, QUERY_TILE
@@ -60,7 +59,9 @@ class Memory:
         return "lanes" if axis == LANES else COUNTS[axis] if isinstance(axis, Kind) else axis
 
     def stride(self, axis: Axis) -> str:
-        """How far apart neighbours along an axis lie, as C++."""
+        """How far apart neighbours along an axis lie, as C++; 0 along one that there is not."""
+        if axis not in self.axes:
+            return "0"
         return " * ".join([self.extent(x) for x in self.axes[self.axes.index(axis) + 1 :]]) or "1"
 
     def at(self, indices: dict[Axis, str]) -> str:
@@ -83,9 +84,9 @@ class Memory:
 class Product:
     """A product of a walk and what is done to its elements while they are in registers."""
 
-    unit: Stacked
-    rows: Memory
-    lanes: Memory
+    name: str
+    terms: tuple[tuple[Memory | None, Memory | None], ...]
+    """What is summed up: by rows, by lanes; a column of ones where there is nothing."""
     lines: list[tuple[Node, str, str]] = field(default_factory=list)
     """Values that are made of its elements: node, variable, C++."""
 
@@ -131,11 +132,11 @@ class WalkWriter:
 
     # -- elements ----------------------------------------------------------------------------------------------------
 
-    def product(self, unit: Stacked, rows: Memory, lanes: Memory, name: str) -> None:
-        """A product of rows of one operand and lanes of another."""
+    def product(self, n: Node, name: str, terms: Sequence[tuple[Memory | None, Memory | None]]) -> None:
+        """A sum of products of rows and lanes."""
         self.at[name] = len(self.products)
-        self.names[unit.node] = name
-        self.products.append(Product(unit, rows, lanes))
+        self.names[n] = name
+        self.products.append(Product(name, tuple(terms)))
 
     def element(self, n: Node, name: str, bits: bool, factors: Sequence[str]) -> None:
         """A value whose elements are made of those of other large values.
@@ -233,7 +234,7 @@ class WalkWriter:
         lines += [f"  Tile {x}_tile({COUNTS[grid.lanes]});" for x in self.stored if x not in self.memory]
         lines += [line if line.startswith("#") else f"  {line}" for line in self._loops()]
         lines.append("}")
-        made = dict.fromkeys(self.names[product.unit.node] for product in self.products)
+        made = dict.fromkeys(product.name for product in self.products)
         made |= dict.fromkeys(variable for product in self.products for _, variable, _ in product.lines)
         head = [f"// {grid.title}: {', '.join(made) or 'sums'}"]
         head.append(f'extern "C" void {self.function}(void* const* tensor, const Size* size, const double* number) {{')
@@ -267,15 +268,27 @@ class WalkWriter:
         return [f"#pragma omp for schedule({schedule})", *loops, *(deep + line for line in body), deep[2:] + "}"]
 
     def _product(self, product: Product) -> list[str]:
-        x, y, name = product.rows, product.lanes, self.names[product.unit.node]
-        arguments = [x.width, x.at(self.indices), x.stride(self.grid.rows), y.at(self.indices), "lanes"]
-        lines = [f"product(rows, lanes, {', '.join(arguments)}, [&](Vec {name}, Size at) {{"]
+        name = product.name
+        lines = [f"product(rows, lanes, [&](Vec {name}, Size at) {{"]
         for variable, code in [(name, ""), *((variable, code) for _, variable, code in product.lines)]:
             if code:
                 lines.append(f"  const Vec {variable} = {code};")
             if variable in self.stored:
                 lines.append(f"  store({variable}_tile + at, {variable});")
-        return [*lines, "});"]
+        return [*lines, f"}}, {', '.join(self._term(x, y) for x, y in product.terms)});"]
+
+    def _term(self, x: Memory | None, y: Memory | None) -> str:
+        by_rows = "" if x is None else f"{x.at(self.indices)}, {x.stride(self.grid.rows)}"
+        by_lanes = "" if y is None else y.at(self.indices)
+        if x is None or y is None:
+            return f"Lanes{{{by_lanes}}}" if x is None else f"Rows{{{by_rows}}}"
+        if (COLUMNS in x.axes) != (COLUMNS in y.axes):
+            raise EmitError(f"columns of one of {x.code} and {y.code} alone")
+        return (
+            f"Columns{{{x.width}, {by_rows}, {by_lanes}}}"
+            if COLUMNS in x.axes
+            else f"RowsLanes{{{by_rows}, {by_lanes}}}"
+        )
 
 
 def _wrapped(lines: Sequence[str], margin: int = 0) -> list[str]:

@@ -16,17 +16,17 @@ LOG2E = 1.4426950408889634
 SOURCE = r"""
 #include "polyattn_tiles.h"
 
-// tiles of keys: t_83, OMEGA
+// tiles of keys: t_82, OMEGA
 extern "C" void key_tiles_1(void* const* tensor, const Size* size, const double* number) {
   const Size threads = size[0], A = size[1], B = size[2], T_q = size[3], T_k = size[4];
-  const Size operand_whole_columns = size[5];
+  const Size scaled_MU_whole_columns = size[5];
   const Size KAPPA_packed_columns = size[6];
   const Size KAPPA_wide_columns = size[7];
   const Size KP_sums_columns = size[8];
   const Size V_wide_columns = size[9];
   const Size NP_sums_columns = size[10];
   const Size lanes = padded(T_k);
-  float* const operand_whole = static_cast<float*>(tensor[0]);  // [A, columns]
+  float* const scaled_MU_whole = static_cast<float*>(tensor[0]);  // [A, columns]
   float* const KAPPA_packed = static_cast<float*>(tensor[1]);  // [B, columns, lanes]
   float* const DP_sums = static_cast<float*>(tensor[2]);  // [A, B]
   float* const KAPPA_wide = static_cast<float*>(tensor[3]);  // [B, T_k, columns]
@@ -40,11 +40,11 @@ extern "C" void key_tiles_1(void* const* tensor, const Size* size, const double*
     for (Size b = 0; b < B; ++b) {
       for (Size row = 0; row < A; row += CHUNK) {
         const Size rows = std::min(CHUNK, A - row);
-        product(rows, lanes, operand_whole_columns, operand_whole + row * operand_whole_columns, operand_whole_columns,
-            KAPPA_packed + b * KAPPA_packed_columns * lanes, lanes, [&](Vec t_83, Size at) {
-          const Vec OMEGA = exp2(t_83);
+        product(rows, lanes, [&](Vec t_82, Size at) {
+          const Vec OMEGA = exp2(t_82);
           store(OMEGA_tile + at, OMEGA);
-        });
+        }, Columns{scaled_MU_whole_columns, scaled_MU_whole + row * scaled_MU_whole_columns, scaled_MU_whole_columns,
+            KAPPA_packed + b * KAPPA_packed_columns * lanes});
         sum_lanes(rows, T_k, OMEGA_tile, nullptr, DP_sums + row * B + b, B);
         sum_lanes(rows, T_k, OMEGA_tile, KAPPA_wide_columns, KAPPA_wide + b * T_k * KAPPA_wide_columns,
             KAPPA_wide_columns, KP_sums + (row * B + b) * KP_sums_columns, B * KP_sums_columns);
@@ -58,17 +58,20 @@ extern "C" void key_tiles_1(void* const* tensor, const Size* size, const double*
 // tiles of queries: X, E
 extern "C" void query_tiles_2(void* const* tensor, const Size* size, const double* number) {
   const Size threads = size[0], A = size[1], B = size[2], T_q = size[3], T_k = size[4];
-  const Size operand_2_packed_columns = size[5];
-  const Size operand_3_columns = size[6];
+  const Size scaled_Q_packed_columns = size[5];
+  const Size C_whole_columns = size[6];
   const Size NP_wide_columns = size[7];
   const Size t_119_sums_columns = size[8];
   const Size lanes = padded(T_q);
-  float* const operand_2_packed = static_cast<float*>(tensor[0]);  // [A, columns, lanes]
-  float* const operand_3 = static_cast<float*>(tensor[1]);  // [A, B, columns]
-  float* const DP_whole = static_cast<float*>(tensor[2]);  // [A, B]
-  float* const t_116_sums = static_cast<float*>(tensor[3]);  // [A, T_q]
-  float* const NP_wide = static_cast<float*>(tensor[4]);  // [A, B, columns]
-  float* const t_119_sums = static_cast<float*>(tensor[5]);  // [A, T_q, columns]
+  float* const scaled_Q_packed = static_cast<float*>(tensor[0]);  // [A, columns, lanes]
+  float* const C_whole = static_cast<float*>(tensor[1]);  // [A, B, columns]
+  float* const scaled_t_96_whole = static_cast<float*>(tensor[2]);  // [A, B]
+  float* const scaled_SHIFT_wide = static_cast<float*>(tensor[3]);  // [A, lanes]
+  float* const off = static_cast<float*>(tensor[4]);  // [A, B]
+  float* const DP_whole = static_cast<float*>(tensor[5]);  // [A, B]
+  float* const t_116_sums = static_cast<float*>(tensor[6]);  // [A, T_q]
+  float* const NP_wide = static_cast<float*>(tensor[7]);  // [A, B, columns]
+  float* const t_119_sums = static_cast<float*>(tensor[8]);  // [A, T_q, columns]
 #pragma omp parallel num_threads(threads)
   {
     Tile E_tile(T_q);
@@ -76,11 +79,12 @@ extern "C" void query_tiles_2(void* const* tensor, const Size* size, const doubl
     for (Size a = 0; a < A; ++a) {
       for (Size row = 0; row < B; row += CHUNK) {
         const Size rows = std::min(CHUNK, B - row);
-        product(rows, lanes, operand_3_columns, operand_3 + (a * B + row) * operand_3_columns, operand_3_columns,
-            operand_2_packed + a * operand_2_packed_columns * lanes, lanes, [&](Vec X, Size at) {
+        product(rows, lanes, [&](Vec X, Size at) {
           const Vec E = exp2(X);
           store(E_tile + at, E);
-        });
+        }, Columns{C_whole_columns, C_whole + (a * B + row) * C_whole_columns, C_whole_columns, scaled_Q_packed + a *
+            scaled_Q_packed_columns * lanes}, Rows{scaled_t_96_whole + a * B + row, 1}, Lanes{scaled_SHIFT_wide + a *
+            lanes}, Rows{off + a * B + row, 1});
         sum_rows(rows, T_q, E_tile, DP_whole + a * B + row, 1, t_116_sums + a * T_q);
         sum_rows(rows, T_q, E_tile, NP_wide_columns, NP_wide + (a * B + row) * NP_wide_columns, NP_wide_columns,
             t_119_sums + a * T_q * t_119_sums_columns, t_119_sums_columns);
@@ -92,18 +96,19 @@ extern "C" void query_tiles_2(void* const* tensor, const Size* size, const doubl
 // near pairs of tiles: SN, PN
 extern "C" void near_pairs_3(void* const* tensor, const Size* size, const double* number) {
   const Size threads = size[0], A = size[1], B = size[2], T_q = size[3], T_k = size[4];
-  const Size operand_4_columns = size[5];
-  const Size operand_5_packed_columns = size[6];
+  const Size scaled_Q_whole_columns = size[5];
+  const Size K_packed_columns = size[6];
   const Size V_wide_columns = size[7];
   const Size t_131_sums_columns = size[8];
   const Size lanes = padded(T_k);
-  float* const operand_4 = static_cast<float*>(tensor[0]);  // [A, T_q, columns]
-  float* const operand_5_packed = static_cast<float*>(tensor[1]);  // [B, columns, lanes]
-  float* const t_129_sums = static_cast<float*>(tensor[2]);  // [A, T_q]
-  float* const V_wide = static_cast<float*>(tensor[3]);  // [B, T_k, columns]
-  float* const t_131_sums = static_cast<float*>(tensor[4]);  // [A, T_q, columns]
-  const Size* const first = static_cast<Size*>(tensor[5]);
-  const Size* const column = static_cast<Size*>(tensor[6]);
+  float* const scaled_Q_whole = static_cast<float*>(tensor[0]);  // [A, T_q, columns]
+  float* const K_packed = static_cast<float*>(tensor[1]);  // [B, columns, lanes]
+  float* const scaled_SHIFT_whole = static_cast<float*>(tensor[2]);  // [A, T_q]
+  float* const t_129_sums = static_cast<float*>(tensor[3]);  // [A, T_q]
+  float* const V_wide = static_cast<float*>(tensor[4]);  // [B, T_k, columns]
+  float* const t_131_sums = static_cast<float*>(tensor[5]);  // [A, T_q, columns]
+  const Size* const first = static_cast<Size*>(tensor[6]);
+  const Size* const column = static_cast<Size*>(tensor[7]);
 #pragma omp parallel num_threads(threads)
   {
     Tile PN_tile(T_k);
@@ -113,11 +118,12 @@ extern "C" void near_pairs_3(void* const* tensor, const Size* size, const double
         const Size b = column[pair];
         for (Size row = 0; row < T_q; row += CHUNK) {
           const Size rows = std::min(CHUNK, T_q - row);
-          product(rows, lanes, operand_4_columns, operand_4 + (a * T_q + row) * operand_4_columns, operand_4_columns,
-              operand_5_packed + b * operand_5_packed_columns * lanes, lanes, [&](Vec SN, Size at) {
+          product(rows, lanes, [&](Vec SN, Size at) {
             const Vec PN = exp2(SN);
             store(PN_tile + at, PN);
-          });
+          }, Columns{scaled_Q_whole_columns, scaled_Q_whole + (a * T_q + row) * scaled_Q_whole_columns,
+              scaled_Q_whole_columns, K_packed + b * K_packed_columns * lanes}, Rows{scaled_SHIFT_whole + a * T_q + row,
+              1});
           sum_lanes(rows, T_k, PN_tile, nullptr, t_129_sums + a * T_q + row, 1);
           sum_lanes(rows, T_k, PN_tile, V_wide_columns, V_wide + b * T_k * V_wide_columns, V_wide_columns, t_131_sums +
               (a * T_q + row) * t_131_sums_columns, t_131_sums_columns);
@@ -127,11 +133,6 @@ extern "C" void near_pairs_3(void* const* tensor, const Size* size, const double
   }
 }
 """
-
-
-def side_by_side(shape, *parts):
-    """Columns of several values, each broadcast to the shape; a value without columns is one."""
-    return torch.cat([part.expand(*shape, part.shape[-1]) for part in parts], -1)
 
 
 def padded(size):
@@ -144,8 +145,13 @@ def packed(x):
     return torch.nn.functional.pad(x.mT, (0, -x.shape[-2] % 16)).contiguous()
 
 
+def whole(x):
+    """A value in one piece."""
+    return x.contiguous()
+
+
 def wide(x):
-    """A value in one piece whose columns are padded."""
+    """A value in one piece whose last axis is padded."""
     missing = -x.shape[-1] % 16
     return torch.nn.functional.pad(x, (0, missing)) if missing else x.contiguous()
 
@@ -175,8 +181,7 @@ def run(inputs, scalars, block, choose, call):
         KAPPA_packed = packed(KAPPA)
         KAPPA_wide = wide(KAPPA)
         V_wide = wide(V)
-        operand_5 = side_by_side((B, T_k,), K, one)
-        operand_5_packed = packed(operand_5)
+        K_packed = packed(K)
         for at in range(0, all_tiles, block):
             tiles = slice(at, min(at + block, all_tiles))
             A = tiles.stop - tiles.start
@@ -186,19 +191,18 @@ def run(inputs, scalars, block, choose, call):
             t_77 = torch.einsum("uv, wv -> uw", MU, KBAR)
             FLOOR = inputs["FLOOR"][h, tiles]
             DELTA = Q - MU[:, None, :]
-            operand = s * LOG2E * MU
-            operand_whole = operand.contiguous()
+            scaled_MU_whole = whole(s * LOG2E * MU)
             DP_sums = Q.new_zeros(A, B)
             KP_sums = Q.new_zeros(A, B, padded(d))
             NP_sums = Q.new_zeros(A, B, padded(e))
-            call("key_tiles_1", (operand_whole, KAPPA_packed, DP_sums, KAPPA_wide, KP_sums, V_wide, NP_sums,), (threads, A,
-                B, T_q, T_k, operand_whole.shape[-1], KAPPA_packed.shape[-2], KAPPA_wide.shape[-1], KP_sums.shape[-1],
+            call("key_tiles_1", (scaled_MU_whole, KAPPA_packed, DP_sums, KAPPA_wide, KP_sums, V_wide, NP_sums,), (threads,
+                A, B, T_q, T_k, scaled_MU_whole.shape[-1], KAPPA_packed.shape[-2], KAPPA_wide.shape[-1], KP_sums.shape[-1],
                 V_wide.shape[-1], NP_sums.shape[-1],))
             DP = DP_sums
             KP = KP_sums[..., :d]
             NP = NP_sums[..., :e]
-            t_93 = DP.reciprocal()
-            CK = KP.mul_(t_93[:, :, None])
+            t_92 = DP.reciprocal()
+            CK = KP.mul_(t_92[:, :, None])
             chosen = choose(h, tiles, {"MU": MU, "KBAR": KBAR, "DP": DP, "CK": CK, "NP": NP})
             near, hidden = chosen["M_near"], ~chosen["M_far"]
             off = Q.new_zeros(hidden.shape).masked_fill_(hidden, torch.finfo(Q.dtype).min / 2)
@@ -206,38 +210,42 @@ def run(inputs, scalars, block, choose, call):
             column = near.nonzero()[:, 1].contiguous()
             SHIFT = chosen["SHIFT"] if "SHIFT" in chosen else inputs["SHIFT"][h, tiles]
             C = KBAR[None, :, :] + CK
-            t_97 = torch.einsum("uvw, uw -> uv", CK, -s * MU)
+            t_96 = torch.einsum("uvw, uw -> uv", CK, -s * MU)
             TOP = chosen["TOP"] if "TOP" in chosen else inputs["TOP"][h, tiles]
             Z = s * t_77 - TOP[:, None]
-            t_100 = Z.exp_()
-            t_101 = t_100.masked_fill_(hidden, 0)
-            WP = t_101.mul_(DP)
-            t_103 = WP.sum(1)
-            WFAR = t_103 + FLOOR
-            t_105 = WFAR.reciprocal_()
-            LAMBDA = t_105[:, None] * WP
-            t_107 = torch.einsum("uvw, xu -> xvw", MB, LAMBDA).permute(1, 2, 0)
-            MA = t_107.permute(2, 0, 1)
-            t_109 = torch.einsum("uvw, uxv -> uxw", MA, DELTA).permute(1, 0, 2)
-            operand_2 = side_by_side((A, T_q,), s * LOG2E * Q, one, -1 * LOG2E * SHIFT[:, :, None], one)
-            operand_2_packed = packed(operand_2)
-            operand_3 = side_by_side((A, B,), C, LOG2E * t_97[:, :, None], one, off[:, :, None])
-            DP_whole = DP.contiguous()
+            t_99 = Z.exp_()
+            t_100 = t_99.masked_fill_(hidden, 0)
+            WP = t_100.mul_(DP)
+            t_102 = WP.sum(1)
+            WFAR = t_102 + FLOOR
+            t_104 = WFAR.reciprocal_()
+            LAMBDA = t_104[:, None] * WP
+            t_106 = torch.einsum("uvw, xu -> xvw", MB, LAMBDA).permute(1, 2, 0)
+            MA = t_106.permute(2, 0, 1)
+            t_108 = torch.einsum("uvw, uxv -> uxw", MA, DELTA).permute(1, 0, 2)
+            scaled_Q_packed = packed(s * LOG2E * Q)
+            C_whole = whole(C)
+            scaled_t_96_whole = whole(LOG2E * t_96)
+            scaled_SHIFT_wide = wide(-1 * LOG2E * SHIFT)
+            DP_whole = whole(DP)
             t_116_sums = Q.new_zeros(A, T_q)
             NP_wide = wide(NP)
             t_119_sums = Q.new_zeros(A, T_q, padded(e))
-            call("query_tiles_2", (operand_2_packed, operand_3, DP_whole, t_116_sums, NP_wide, t_119_sums,), (threads, A, B,
-                T_q, T_k, operand_2_packed.shape[-2], operand_3.shape[-1], NP_wide.shape[-1], t_119_sums.shape[-1],))
+            call("query_tiles_2", (scaled_Q_packed, C_whole, scaled_t_96_whole, scaled_SHIFT_wide, off, DP_whole,
+                t_116_sums, NP_wide, t_119_sums,), (threads, A, B, T_q, T_k, scaled_Q_packed.shape[-2], C_whole.shape[-1],
+                NP_wide.shape[-1], t_119_sums.shape[-1],))
             t_116 = t_116_sums.permute(1, 0)
             t_119 = t_119_sums[..., :e].permute(1, 0, 2)
             DFAR = t_116.permute(1, 0)
             NFAR = t_119.permute(1, 0, 2)
-            t_123 = t_109.mul_(DFAR.permute(1, 0)[:, :, None])
-            operand_4 = side_by_side((A, T_q,), s * LOG2E * Q, -1 * LOG2E * SHIFT[:, :, None])
+            t_123 = t_108.mul_(DFAR.permute(1, 0)[:, :, None])
+            scaled_Q_whole = whole(s * LOG2E * Q)
+            scaled_SHIFT_whole = whole(-1 * LOG2E * SHIFT)
             t_129_sums = Q.new_zeros(A, T_q)
             t_131_sums = Q.new_zeros(A, T_q, padded(e))
-            call("near_pairs_3", (operand_4, operand_5_packed, t_129_sums, V_wide, t_131_sums, first, column,), (threads, A,
-                B, T_q, T_k, operand_4.shape[-1], operand_5_packed.shape[-2], V_wide.shape[-1], t_131_sums.shape[-1],))
+            call("near_pairs_3", (scaled_Q_whole, K_packed, scaled_SHIFT_whole, t_129_sums, V_wide, t_131_sums, first,
+                column,), (threads, A, B, T_q, T_k, scaled_Q_whole.shape[-1], K_packed.shape[-2], V_wide.shape[-1],
+                t_131_sums.shape[-1],))
             t_129 = t_129_sums
             t_131 = t_131_sums[..., :e].permute(1, 0, 2)
             D = t_129 + DFAR
