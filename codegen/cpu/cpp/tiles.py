@@ -86,7 +86,7 @@ class CppTileWriter(TileWriter):
         writer = WalkWriter(walk, function, self.large)
         results: list[tuple[Node, str, str, int]] = []
         for unit in reversed(walk.units):  # what is another value as it stands has its name
-            same = _same(unit.makes[0])
+            same = self._same(unit.makes[0])
             if same is not None and unit.makes[0] in self.names:
                 self.names.setdefault(same, self.names[unit.makes[0]])
         for unit in (unit for unit in walk.units if not sums(unit)):
@@ -99,14 +99,11 @@ class CppTileWriter(TileWriter):
             operand, members = of_sum(unit)
             for n, partner in members:
                 results.append(self._sum_of(n, operand, partner, writer))
-        for n in others & {n for unit in walk.units if not sums(unit) for n in unit.makes}:
-            name = self.large[n]
-            writer.stored[name] = None
-            if name not in writer.memory:
-                memory = writer.kept(name)
-                lanes = f"padded({SIZES[walk.grid.lanes]})"
-                shape = ", ".join(SIZES[x] if isinstance(x, Kind) else lanes for x in memory.axes)
-                self.lines[BLOCK].append(f"{name} = Q.new_empty({shape})")
+        read = {self.large[n] for n in others if n in self.large}
+        for name in (name for name in writer.at if name in read):
+            sizes = [SIZES[kind] for kind in (*walk.grid.batch, walk.grid.rows)]
+            self.lines[BLOCK].append(f"{name} = Q.new_empty({', '.join(sizes)}, padded({SIZES[walk.grid.lanes]}))")
+            writer.keep(name)
         self.lines[BLOCK] += writer.call()
         self.functions.append(writer.text())
         for n, name, code, place in results:
@@ -178,16 +175,21 @@ class CppTileWriter(TileWriter):
                 raise EmitError(f"the mask of {n} is no part of an exponent")
         if n.op == "map" and n.args[0] in self.masked:
             self.hidden.add(n)
-        same = _same(n)
-        if n.op == "sum" and len(n.args) == 1 and n.args[0] in self.factors:
-            same = n.args[0]
+        same = self._same(n)
         if same is not None:
             self.large[n] = self.large[same]
             return
-        factors: list[str] = []
-        if n.op == "sum":
-            factors = [number(c) for c in n.attr[0]]
+        factors = [number(c) for c in n.attr[0]] if n.op == "sum" else []
         writer.element(n, self._name(n), bool(n.args) and n.args[0] in self.exponents, factors)
+
+    def _same(self, n: Node) -> Node | None:
+        """The large value that another one is, with its axes in another order, or a factor that its operands have;
+        near pairs are a list of those, and what a far mask hides has exponents that are low enough."""
+        if n.op == "sum" and len(n.args) == 1 and (n.attr[0] == (1,) or n.args[0] in self.factors):
+            return n.args[0]
+        if n.op == "contract" and len(n.args) == 2 and any(a.op == "mask" for a in n.args):
+            return next(a for a in n.args if a.op != "mask")
+        return None
 
     # -- the file ----------------------------------------------------------------------------------------------------
 
@@ -248,13 +250,3 @@ class CppTileWriter(TileWriter):
         code = arranged(value.name, positions)
         name = self._arrange("wide" if free else "whole", code, value.place, value.name)
         return writer.take(name, name, (*kinds, *([COLUMNS] if free else [])))
-
-
-def _same(n: Node) -> Node | None:
-    """The large value that another one is: near pairs are a list of those, and what a far mask hides has exponents that
-    are low enough."""
-    if n.op == "sum" and len(n.args) == 1 and n.attr[0] == (1,):
-        return n.args[0]
-    if n.op == "contract" and len(n.args) == 2 and any(a.op == "mask" for a in n.args):
-        return next(a for a in n.args if a.op != "mask")
-    return None

@@ -16,26 +16,13 @@ COUNTS = {QUERY_TILE: "A", QUERY_PLACE: "T_q", KEY_TILE: "B", KEY_PLACE: "T_k"}
 INDICES = {QUERY_TILE: "a", KEY_TILE: "b"}
 LANES, COLUMNS = "lanes", "columns"
 """Axes of memory beside those of tiles and places: lanes with their padding, columns of a matrix."""
-RESERVED = {
-    *("tensor", "size", "number", "slot", "slots", "pair", "pairs", "first", "column", "row", "count", "add", "all"),
-    *("load", "store", "total", "product", "multiply", "padded", "share", "exp2", "reciprocal", "end", "lanes", "none"),
-    *(
-        "sum_lanes",
-        "sum_rows",
-        "W",
-        "CHUNK",
-        "LOG2E",
-        "Vec",
-        "Bits",
-        "Size",
-        "Tile",
-        "call",
-        "threads",
-        "packed",
-        "wide",
-    ),
-}
-"""Names that every emitted function has."""
+_WORDS = """
+    Bits CHUNK Columns LOG2E Lanes Rows RowsLanes SOURCE Size Tile Vec W add all call column count double end exp2
+    first float lanes load multiply none number omp packed padded pair product reciprocal row rows share side_by_side
+    size slot slots std store sum_lanes sum_rows tensor threads torch total whole wide
+"""
+RESERVED = set(_WORDS.split())
+"""Names that emitted files and C++ have already."""
 Axis = Kind | str
 
 
@@ -121,9 +108,10 @@ class WalkWriter:
             self.memory[name] = Memory(code, name, tuple(axes))
         return self.memory[name]
 
-    def kept(self, name: str) -> Memory:
-        """Memory of a large value that several walks read."""
-        return self.take(name, name, (*self.grid.batch, self.grid.rows, LANES))
+    def keep(self, name: str) -> None:
+        """Have a variable in memory that other walks read, or have left there."""
+        self.stored[name] = None
+        self.take(name, name, (*self.grid.batch, self.grid.rows, LANES))
 
     @property
     def indices(self) -> dict[Axis, str]:
@@ -177,10 +165,10 @@ class WalkWriter:
         return f"number_{self.numbers.index(code)}"
 
     def _store(self, name: str) -> None:
-        """Have a variable in memory: that of one thread, or what another walk left or reads."""
+        """Have a variable in memory: that of one thread, or what another walk has left."""
         self.stored[name] = None
         if name not in self.at:
-            self.kept(name)
+            self.keep(name)
 
     # -- sums --------------------------------------------------------------------------------------------------------
 

@@ -117,15 +117,20 @@ def run(
     return {**out, **one(specs.backward(GRADIENTS), {**x, **read}, choose[1])}
 
 
-def agree(found: Tensors, wanted: Tensors, case: str = "") -> None:
+def agree(found: Tensors, wanted: Tensors, torch_code: Tensors | None = None) -> None:
+    """What was found is what was wanted, or at least errs no more than twice as much as torch code.
+
+    With one key, dQ and dK are zero up to rounding, of which neither is right.
+    """
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
-        scale = float(value.abs().max().clamp_min(1e-1))  # with one key, dQ and dK are zero up to rounding
+        scale = float(value.abs().max().clamp_min(1e-1))
         error = float((found[name] - value).abs().max()) / scale
-        assert error < 2e-5, (name, error, case)
+        allowed = 0.0 if torch_code is None else 2 * float((torch_code[name] - value).abs().max()) / scale
+        assert error <= max(2e-5, allowed), (name, error, allowed)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     order=st.sampled_from([0, 1, 2]),
     weighted=st.booleans(),
@@ -136,10 +141,11 @@ def agree(found: Tensors, wanted: Tensors, case: str = "") -> None:
 def test_any_size(order: int, weighted: bool, sizes: tuple[int, ...], block: int, count: int) -> None:
     """A tile without near pairs, one without far pairs, and any other mask; sizes that no vector has."""
     case = Case.of(*sizes)
+    x = operands(case, weighted, torch.float32)
     with threads(count):
-        found = run(CPU, case, operands(case, weighted, torch.float32), order, block)
+        found = run(CPU, case, x, order, block)
     wanted = run(REFERENCE, case, operands(case, weighted, torch.float64), order, block)
-    agree(found, wanted)
+    agree(found, wanted, run(None, case, x, order, block))
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])

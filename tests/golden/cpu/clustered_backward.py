@@ -17,7 +17,7 @@ LOG2E = 1.4426950408889634
 SOURCE = r"""
 #include "polyattn_tiles.h"
 
-// tiles of keys: t_91, OMEGA
+// tiles of keys: Y, OMEGA
 extern "C" void key_tiles_1(void* const* tensor, const Size* size, const double* number) {
   const Size threads = size[0], A = size[1], B = size[2], T_q = size[3], T_k = size[4];
   const Size scaled_MU_whole_columns = size[5];
@@ -42,8 +42,8 @@ extern "C" void key_tiles_1(void* const* tensor, const Size* size, const double*
       for (Size row = 0; row < A; row += CHUNK) {
         const Size rows = std::min(CHUNK, A - row);
         float* const OMEGA_tile = OMEGA + (b * A + row) * lanes;
-        product(rows, lanes, [&](Vec t_91, Size at) {
-          const Vec OMEGA = exp2(t_91);
+        product(rows, lanes, [&](Vec Y, Size at) {
+          const Vec OMEGA = exp2(Y);
           store(OMEGA_tile + at, OMEGA);
         }, Columns{scaled_MU_whole_columns, scaled_MU_whole + row * scaled_MU_whole_columns, scaled_MU_whole_columns,
             KAPPA_packed + b * KAPPA_packed_columns * lanes});
@@ -65,31 +65,31 @@ extern "C" void query_tiles_2(void* const* tensor, const Size* size, const doubl
   const Size dN_packed_columns = size[7];
   const Size NP_whole_columns = size[8];
   const Size C_wide_columns = size[9];
-  const Size t_135_sums_columns = size[10];
+  const Size t_146_sums_columns = size[10];
   const Size Q_wide_columns = size[11];
-  const Size t_140_sums_columns = size[12];
+  const Size t_151_sums_columns = size[12];
   const Size dN_wide_columns = size[13];
-  const Size t_143_sums_columns = size[14];
+  const Size t_154_sums_columns = size[14];
   const Size lanes = padded(T_q);
   float* const scaled_Q_packed = static_cast<float*>(tensor[0]);  // [A, columns, lanes]
   float* const C_whole = static_cast<float*>(tensor[1]);  // [A, B, columns]
-  float* const scaled_t_104_whole = static_cast<float*>(tensor[2]);  // [A, B]
+  float* const scaled_t_115_whole = static_cast<float*>(tensor[2]);  // [A, B]
   float* const scaled_SHIFT_wide = static_cast<float*>(tensor[3]);  // [A, lanes]
   float* const off = static_cast<float*>(tensor[4]);  // [A, B]
   float* const dN_packed = static_cast<float*>(tensor[5]);  // [A, columns, lanes]
   float* const NP_whole = static_cast<float*>(tensor[6]);  // [A, B, columns]
   float* const dDFAR_wide = static_cast<float*>(tensor[7]);  // [A, lanes]
   float* const DP_whole = static_cast<float*>(tensor[8]);  // [A, B]
-  float* const t_132_sums = static_cast<float*>(tensor[9]);  // [A, T_q]
+  float* const t_143_sums = static_cast<float*>(tensor[9]);  // [A, T_q]
   float* const C_wide = static_cast<float*>(tensor[10]);  // [A, B, columns]
-  float* const t_135_sums = static_cast<float*>(tensor[11]);  // [A, T_q, columns]
+  float* const t_146_sums = static_cast<float*>(tensor[11]);  // [A, T_q, columns]
   float* const dXI_sums = static_cast<float*>(tensor[12]);  // [A, B]
   float* const Q_wide = static_cast<float*>(tensor[13]);  // [A, T_q, columns]
-  float* const t_140_sums = static_cast<float*>(tensor[14]);  // [A, B, columns]
+  float* const t_151_sums = static_cast<float*>(tensor[14]);  // [A, B, columns]
   float* const dN_wide = static_cast<float*>(tensor[15]);  // [A, T_q, columns]
-  float* const t_143_sums = static_cast<float*>(tensor[16]);  // [A, B, columns]
+  float* const t_154_sums = static_cast<float*>(tensor[16]);  // [A, B, columns]
   float* const dDFAR_whole = static_cast<float*>(tensor[17]);  // [A, T_q]
-  float* const t_146_sums = static_cast<float*>(tensor[18]);  // [A, B]
+  float* const t_157_sums = static_cast<float*>(tensor[18]);  // [A, B]
 #pragma omp parallel num_threads(threads)
   {
     Tile E_tile(T_q);
@@ -102,22 +102,22 @@ extern "C" void query_tiles_2(void* const* tensor, const Size* size, const doubl
           const Vec E = exp2(X);
           store(E_tile + at, E);
         }, Columns{C_whole_columns, C_whole + (a * B + row) * C_whole_columns, C_whole_columns, scaled_Q_packed + a *
-            scaled_Q_packed_columns * lanes}, Rows{scaled_t_104_whole + a * B + row, 1}, Lanes{scaled_SHIFT_wide + a *
+            scaled_Q_packed_columns * lanes}, Rows{scaled_t_115_whole + a * B + row, 1}, Lanes{scaled_SHIFT_wide + a *
             lanes}, Rows{off + a * B + row, 1});
         product(rows, lanes, [&](Vec dE, Size at) {
           const Vec dX = dE * load(E_tile + at);
           store(dX_tile + at, dX);
         }, Columns{NP_whole_columns, NP_whole + (a * B + row) * NP_whole_columns, NP_whole_columns, dN_packed + a *
             dN_packed_columns * lanes}, RowsLanes{DP_whole + a * B + row, 1, dDFAR_wide + a * lanes});
-        sum_rows(rows, T_q, E_tile, DP_whole + a * B + row, 1, t_132_sums + a * T_q);
-        sum_rows(rows, T_q, dX_tile, C_wide_columns, C_wide + (a * B + row) * C_wide_columns, C_wide_columns, t_135_sums
-            + a * T_q * t_135_sums_columns, t_135_sums_columns);
+        sum_rows(rows, T_q, E_tile, DP_whole + a * B + row, 1, t_143_sums + a * T_q);
+        sum_rows(rows, T_q, dX_tile, C_wide_columns, C_wide + (a * B + row) * C_wide_columns, C_wide_columns, t_146_sums
+            + a * T_q * t_146_sums_columns, t_146_sums_columns);
         sum_lanes(rows, T_q, dX_tile, nullptr, dXI_sums + a * B + row, 1);
-        sum_lanes(rows, T_q, dX_tile, Q_wide_columns, Q_wide + a * T_q * Q_wide_columns, Q_wide_columns, t_140_sums + (a
-            * B + row) * t_140_sums_columns, t_140_sums_columns);
-        sum_lanes(rows, T_q, E_tile, dN_wide_columns, dN_wide + a * T_q * dN_wide_columns, dN_wide_columns, t_143_sums +
-            (a * B + row) * t_143_sums_columns, t_143_sums_columns);
-        sum_lanes(rows, T_q, E_tile, dDFAR_whole + a * T_q, t_146_sums + a * B + row, 1);
+        sum_lanes(rows, T_q, dX_tile, Q_wide_columns, Q_wide + a * T_q * Q_wide_columns, Q_wide_columns, t_151_sums + (a
+            * B + row) * t_151_sums_columns, t_151_sums_columns);
+        sum_lanes(rows, T_q, E_tile, dN_wide_columns, dN_wide + a * T_q * dN_wide_columns, dN_wide_columns, t_154_sums +
+            (a * B + row) * t_154_sums_columns, t_154_sums_columns);
+        sum_lanes(rows, T_q, E_tile, dDFAR_whole + a * T_q, t_157_sums + a * B + row, 1);
       }
     }
   }
@@ -131,13 +131,13 @@ extern "C" void key_tiles_3(void* const* tensor, const Size* size, const double*
   const Size dKP_whole_columns = size[7];
   const Size KAPPA_packed_columns = size[8];
   const Size KAPPA_wide_columns = size[9];
-  const Size t_188_sums_columns = size[10];
+  const Size t_199_sums_columns = size[10];
   const Size dKP_wide_columns = size[11];
-  const Size t_191_sums_columns = size[12];
+  const Size t_202_sums_columns = size[12];
   const Size dNP_wide_columns = size[13];
-  const Size t_194_sums_columns = size[14];
+  const Size t_205_sums_columns = size[14];
   const Size MU_wide_columns = size[15];
-  const Size t_197_sums_columns = size[16];
+  const Size t_208_sums_columns = size[16];
   const Size lanes = padded(T_k);
   float* const dNP_whole = static_cast<float*>(tensor[0]);  // [A, B, columns]
   float* const V_packed = static_cast<float*>(tensor[1]);  // [B, columns, lanes]
@@ -146,13 +146,13 @@ extern "C" void key_tiles_3(void* const* tensor, const Size* size, const double*
   float* const dDP_whole = static_cast<float*>(tensor[4]);  // [A, B]
   float* const OMEGA = static_cast<float*>(tensor[5]);  // [B, A, lanes]
   float* const KAPPA_wide = static_cast<float*>(tensor[6]);  // [B, T_k, columns]
-  float* const t_188_sums = static_cast<float*>(tensor[7]);  // [slots, A, columns]
+  float* const t_199_sums = static_cast<float*>(tensor[7]);  // [slots, A, columns]
   float* const dKP_wide = static_cast<float*>(tensor[8]);  // [A, B, columns]
-  float* const t_191_sums = static_cast<float*>(tensor[9]);  // [B, T_k, columns]
+  float* const t_202_sums = static_cast<float*>(tensor[9]);  // [B, T_k, columns]
   float* const dNP_wide = static_cast<float*>(tensor[10]);  // [A, B, columns]
-  float* const t_194_sums = static_cast<float*>(tensor[11]);  // [B, T_k, columns]
+  float* const t_205_sums = static_cast<float*>(tensor[11]);  // [B, T_k, columns]
   float* const MU_wide = static_cast<float*>(tensor[12]);  // [A, columns]
-  float* const t_197_sums = static_cast<float*>(tensor[13]);  // [B, T_k, columns]
+  float* const t_208_sums = static_cast<float*>(tensor[13]);  // [B, T_k, columns]
 #pragma omp parallel num_threads(slots)
   {
     Tile dY_tile(T_k);
@@ -169,13 +169,13 @@ extern "C" void key_tiles_3(void* const* tensor, const Size* size, const double*
               b * V_packed_columns * lanes}, Columns{dKP_whole_columns, dKP_whole + (row * B + b) * dKP_whole_columns, B
               * dKP_whole_columns, KAPPA_packed + b * KAPPA_packed_columns * lanes}, Rows{dDP_whole + row * B + b, B});
           sum_lanes(rows, T_k, dY_tile, KAPPA_wide_columns, KAPPA_wide + b * T_k * KAPPA_wide_columns,
-              KAPPA_wide_columns, t_188_sums + (slot * A + row) * t_188_sums_columns, t_188_sums_columns);
+              KAPPA_wide_columns, t_199_sums + (slot * A + row) * t_199_sums_columns, t_199_sums_columns);
           sum_rows(rows, T_k, OMEGA_tile, dKP_wide_columns, dKP_wide + (row * B + b) * dKP_wide_columns, B *
-              dKP_wide_columns, t_191_sums + b * T_k * t_191_sums_columns, t_191_sums_columns);
+              dKP_wide_columns, t_202_sums + b * T_k * t_202_sums_columns, t_202_sums_columns);
           sum_rows(rows, T_k, OMEGA_tile, dNP_wide_columns, dNP_wide + (row * B + b) * dNP_wide_columns, B *
-              dNP_wide_columns, t_194_sums + b * T_k * t_194_sums_columns, t_194_sums_columns);
-          sum_rows(rows, T_k, dY_tile, MU_wide_columns, MU_wide + row * MU_wide_columns, MU_wide_columns, t_197_sums + b
-              * T_k * t_197_sums_columns, t_197_sums_columns);
+              dNP_wide_columns, t_205_sums + b * T_k * t_205_sums_columns, t_205_sums_columns);
+          sum_rows(rows, T_k, dY_tile, MU_wide_columns, MU_wide + row * MU_wide_columns, MU_wide_columns, t_208_sums + b
+              * T_k * t_208_sums_columns, t_208_sums_columns);
         }
       }
   }
@@ -189,11 +189,11 @@ extern "C" void near_pairs_4(void* const* tensor, const Size* size, const double
   const Size dN_whole_columns = size[7];
   const Size V_packed_columns = size[8];
   const Size K_wide_columns = size[9];
-  const Size t_215_sums_columns = size[10];
+  const Size t_226_sums_columns = size[10];
   const Size Q_wide_columns = size[11];
-  const Size t_217_sums_columns = size[12];
+  const Size t_228_sums_columns = size[12];
   const Size dN_wide_columns = size[13];
-  const Size t_219_sums_columns = size[14];
+  const Size t_230_sums_columns = size[14];
   const Size lanes = padded(T_k);
   float* const scaled_Q_whole = static_cast<float*>(tensor[0]);  // [A, T_q, columns]
   float* const K_packed = static_cast<float*>(tensor[1]);  // [B, columns, lanes]
@@ -202,11 +202,11 @@ extern "C" void near_pairs_4(void* const* tensor, const Size* size, const double
   float* const V_packed = static_cast<float*>(tensor[4]);  // [B, columns, lanes]
   float* const dD_whole = static_cast<float*>(tensor[5]);  // [A, T_q]
   float* const K_wide = static_cast<float*>(tensor[6]);  // [B, T_k, columns]
-  float* const t_215_sums = static_cast<float*>(tensor[7]);  // [A, T_q, columns]
+  float* const t_226_sums = static_cast<float*>(tensor[7]);  // [A, T_q, columns]
   float* const Q_wide = static_cast<float*>(tensor[8]);  // [A, T_q, columns]
-  float* const t_217_sums = static_cast<float*>(tensor[9]);  // [slots, B, T_k, columns]
+  float* const t_228_sums = static_cast<float*>(tensor[9]);  // [slots, B, T_k, columns]
   float* const dN_wide = static_cast<float*>(tensor[10]);  // [A, T_q, columns]
-  float* const t_219_sums = static_cast<float*>(tensor[11]);  // [slots, B, T_k, columns]
+  float* const t_230_sums = static_cast<float*>(tensor[11]);  // [slots, B, T_k, columns]
   const Size* const first = static_cast<Size*>(tensor[12]);
   const Size* const column = static_cast<Size*>(tensor[13]);
 #pragma omp parallel num_threads(slots)
@@ -231,12 +231,12 @@ extern "C" void near_pairs_4(void* const* tensor, const Size* size, const double
               store(dSN_tile + at, dSN);
             }, Columns{dN_whole_columns, dN_whole + (a * T_q + row) * dN_whole_columns, dN_whole_columns, V_packed + b *
                 V_packed_columns * lanes}, Rows{dD_whole + a * T_q + row, 1});
-            sum_lanes(rows, T_k, dSN_tile, K_wide_columns, K_wide + b * T_k * K_wide_columns, K_wide_columns, t_215_sums
-                + (a * T_q + row) * t_215_sums_columns, t_215_sums_columns);
+            sum_lanes(rows, T_k, dSN_tile, K_wide_columns, K_wide + b * T_k * K_wide_columns, K_wide_columns, t_226_sums
+                + (a * T_q + row) * t_226_sums_columns, t_226_sums_columns);
             sum_rows(rows, T_k, dSN_tile, Q_wide_columns, Q_wide + (a * T_q + row) * Q_wide_columns, Q_wide_columns,
-                t_217_sums + (slot * B + b) * T_k * t_217_sums_columns, t_217_sums_columns);
+                t_228_sums + (slot * B + b) * T_k * t_228_sums_columns, t_228_sums_columns);
             sum_rows(rows, T_k, PN_tile, dN_wide_columns, dN_wide + (a * T_q + row) * dN_wide_columns, dN_wide_columns,
-                t_219_sums + (slot * B + b) * T_k * t_219_sums_columns, t_219_sums_columns);
+                t_230_sums + (slot * B + b) * T_k * t_230_sums_columns, t_230_sums_columns);
           }
         }
       }
@@ -286,9 +286,9 @@ def run(inputs, scalars, block, choose, call):
         KBAR = torch.einsum("uv, uvw -> uw", W_K, K)
         KAPPA = K - KBAR[:, None, :]
         V = inputs["V"][h]
-        t_74 = W_K.permute(1, 0)[:, :, None] * V.permute(1, 0, 2)
-        t_75 = torch.einsum("uvw, vux -> vxw", t_74, KAPPA).permute(0, 2, 1)
-        MB = t_75.permute(0, 2, 1)
+        t_85 = W_K.permute(1, 0)[:, :, None] * V.permute(1, 0, 2)
+        t_86 = torch.einsum("uvw, vux -> vxw", t_85, KAPPA).permute(0, 2, 1)
+        MB = t_86.permute(0, 2, 1)
         KAPPA_packed = packed(KAPPA)
         KAPPA_wide = wide(KAPPA)
         V_wide = wide(V)
@@ -296,31 +296,31 @@ def run(inputs, scalars, block, choose, call):
         K_packed = packed(K)
         K_wide = wide(K)
         dMB = 0
-        t_178 = 0
-        t_179 = 0
-        t_191_sums = Q.new_zeros(B, T_k, padded(d))
-        t_194_sums = Q.new_zeros(B, T_k, padded(e))
-        t_197_sums = Q.new_zeros(B, T_k, padded(d))
-        t_217_sums = Q.new_zeros(slots, B, T_k, padded(d))
-        t_219_sums = Q.new_zeros(slots, B, T_k, padded(e))
+        t_189 = 0
+        t_190 = 0
+        t_202_sums = Q.new_zeros(B, T_k, padded(d))
+        t_205_sums = Q.new_zeros(B, T_k, padded(e))
+        t_208_sums = Q.new_zeros(B, T_k, padded(d))
+        t_228_sums = Q.new_zeros(slots, B, T_k, padded(d))
+        t_230_sums = Q.new_zeros(slots, B, T_k, padded(e))
         for at in range(0, all_tiles, block):
             tiles = slice(at, min(at + block, all_tiles))
             A = tiles.stop - tiles.start
             W_Q = inputs["W_Q"][h, tiles]
             Q = inputs["Q"][h, tiles]
             MU = torch.einsum("uv, uvw -> uw", W_Q, Q)
-            t_77 = torch.einsum("uv, wv -> uw", MU, KBAR)
+            t_88 = torch.einsum("uv, wv -> uw", MU, KBAR)
             FLOOR = inputs["FLOOR"][h, tiles]
             D = inputs["D"][h, tiles]
-            t_80 = D.reciprocal()
+            t_91 = D.reciprocal()
             G = inputs["G"][h, tiles]
-            t_82 = t_80.permute(1, 0)[:, :, None] * G.permute(1, 0, 2)
-            dN = t_82.permute(1, 0, 2)
+            t_93 = t_91.permute(1, 0)[:, :, None] * G.permute(1, 0, 2)
+            dN = t_93.permute(1, 0, 2)
             DELTA = Q - MU[:, None, :]
             OUT = inputs["O"][h, tiles]
-            t_86 = torch.einsum("uvw, uvw -> uv", OUT, G).permute(1, 0)
-            t_87 = t_86.mul_(t_80.permute(1, 0))
-            dD = -t_87.permute(1, 0)
+            t_97 = torch.einsum("uvw, uvw -> uv", OUT, G).permute(1, 0)
+            t_98 = t_97.mul_(t_91.permute(1, 0))
+            dD = -t_98.permute(1, 0)
             scaled_MU_whole = whole(s * LOG2E * MU)
             DP_sums = Q.new_zeros(A, B)
             KP_sums = Q.new_zeros(A, B, padded(d))
@@ -332,131 +332,131 @@ def run(inputs, scalars, block, choose, call):
             DP = DP_sums
             KP = KP_sums[..., :d]
             NP = NP_sums[..., :e]
-            t_101 = DP.reciprocal()
-            CK = KP.mul_(t_101[:, :, None])
+            t_112 = DP.reciprocal()
+            CK = KP.mul_(t_112[:, :, None])
             chosen = choose(h, tiles, {"MU": MU, "KBAR": KBAR, "DP": DP, "CK": CK, "NP": NP})
             near, hidden = chosen["M_near"], ~chosen["M_far"]
             off = Q.new_zeros(hidden.shape).masked_fill_(hidden, torch.finfo(Q.dtype).min / 2)
             first = torch.nn.functional.pad(near.sum(1).cumsum(0), (1, 0))
             column = near.nonzero()[:, 1].contiguous()
             C = KBAR[None, :, :] + CK
-            t_104 = torch.einsum("uvw, uw -> uv", CK, -s * MU)
+            t_115 = torch.einsum("uvw, uw -> uv", CK, -s * MU)
             SHIFT = chosen["SHIFT"] if "SHIFT" in chosen else inputs["SHIFT"][h, tiles]
             TOP = chosen["TOP"] if "TOP" in chosen else inputs["TOP"][h, tiles]
-            Z = s * t_77 - TOP[:, None]
-            t_108 = Z.exp_()
-            t_109 = t_108.masked_fill(hidden, 0)
-            WP = t_109.mul_(DP)
-            t_111 = WP.sum(1)
-            WFAR = t_111 + FLOOR
-            t_113 = WFAR.reciprocal_()
-            LAMBDA = t_113[:, None] * WP
-            t_115 = torch.einsum("uvw, xu -> xvw", MB, LAMBDA).permute(1, 2, 0)
-            MA = t_115.permute(2, 0, 1)
-            t_117 = torch.einsum("uvw, uxw -> uxv", MA, dN).permute(1, 0, 2)
-            t_118 = torch.einsum("uvw, vuw -> uv", DELTA, t_117).permute(1, 0)
-            dDFAR = s * t_118.permute(1, 0) + dD
+            Z = s * t_88 - TOP[:, None]
+            t_119 = Z.exp_()
+            t_120 = t_119.masked_fill(hidden, 0)
+            WP = t_120.mul_(DP)
+            t_122 = WP.sum(1)
+            WFAR = t_122 + FLOOR
+            t_124 = WFAR.reciprocal_()
+            LAMBDA = t_124[:, None] * WP
+            t_126 = torch.einsum("uvw, xu -> xvw", MB, LAMBDA).permute(1, 2, 0)
+            MA = t_126.permute(2, 0, 1)
+            t_128 = torch.einsum("uvw, uxw -> uxv", MA, dN).permute(1, 0, 2)
+            t_129 = torch.einsum("uvw, vuw -> uv", DELTA, t_128).permute(1, 0)
+            dDFAR = s * t_129.permute(1, 0) + dD
             scaled_Q_packed = packed(s * LOG2E * Q)
             C_whole = whole(C)
-            scaled_t_104_whole = whole(LOG2E * t_104)
+            scaled_t_115_whole = whole(LOG2E * t_115)
             scaled_SHIFT_wide = wide(-1 * LOG2E * SHIFT)
             dN_packed = packed(dN)
             NP_whole = whole(NP)
             dDFAR_wide = wide(dDFAR)
             DP_whole = whole(DP)
-            t_132_sums = Q.new_zeros(A, T_q)
+            t_143_sums = Q.new_zeros(A, T_q)
             C_wide = wide(C)
-            t_135_sums = Q.new_zeros(A, T_q, padded(d))
+            t_146_sums = Q.new_zeros(A, T_q, padded(d))
             dXI_sums = Q.new_zeros(A, B)
             Q_wide = wide(Q)
-            t_140_sums = Q.new_zeros(A, B, padded(d))
+            t_151_sums = Q.new_zeros(A, B, padded(d))
             dN_wide = wide(dN)
-            t_143_sums = Q.new_zeros(A, B, padded(e))
+            t_154_sums = Q.new_zeros(A, B, padded(e))
             dDFAR_whole = whole(dDFAR)
-            t_146_sums = Q.new_zeros(A, B)
-            call("query_tiles_2", (scaled_Q_packed, C_whole, scaled_t_104_whole, scaled_SHIFT_wide, off, dN_packed,
-                NP_whole, dDFAR_wide, DP_whole, t_132_sums, C_wide, t_135_sums, dXI_sums, Q_wide, t_140_sums, dN_wide,
-                t_143_sums, dDFAR_whole, t_146_sums,), (threads, A, B, T_q, T_k, scaled_Q_packed.shape[-2],
-                C_whole.shape[-1], dN_packed.shape[-2], NP_whole.shape[-1], C_wide.shape[-1], t_135_sums.shape[-1],
-                Q_wide.shape[-1], t_140_sums.shape[-1], dN_wide.shape[-1], t_143_sums.shape[-1],))
-            t_132 = t_132_sums.permute(1, 0)
-            t_135 = t_135_sums[..., :d].permute(1, 0, 2)
+            t_157_sums = Q.new_zeros(A, B)
+            call("query_tiles_2", (scaled_Q_packed, C_whole, scaled_t_115_whole, scaled_SHIFT_wide, off, dN_packed,
+                NP_whole, dDFAR_wide, DP_whole, t_143_sums, C_wide, t_146_sums, dXI_sums, Q_wide, t_151_sums, dN_wide,
+                t_154_sums, dDFAR_whole, t_157_sums,), (threads, A, B, T_q, T_k, scaled_Q_packed.shape[-2],
+                C_whole.shape[-1], dN_packed.shape[-2], NP_whole.shape[-1], C_wide.shape[-1], t_146_sums.shape[-1],
+                Q_wide.shape[-1], t_151_sums.shape[-1], dN_wide.shape[-1], t_154_sums.shape[-1],))
+            t_143 = t_143_sums.permute(1, 0)
+            t_146 = t_146_sums[..., :d].permute(1, 0, 2)
             dXI = dXI_sums
-            t_140 = t_140_sums[..., :d]
-            t_143 = t_143_sums[..., :e].permute(0, 2, 1)
-            t_146 = t_146_sums
-            DFAR = t_132.permute(1, 0)
-            t_149 = DFAR.permute(1, 0)[:, :, None] * t_117
-            dDELTA = s * t_149.permute(1, 0, 2)
-            t_151 = dN.permute(1, 0, 2) * DFAR.permute(1, 0)[:, :, None]
-            t_152 = torch.einsum("uvw, vux -> vxw", s * t_151, DELTA).permute(0, 2, 1)
-            dMA = t_152.permute(0, 2, 1)
-            t_154 = torch.einsum("uvw, xvw -> xu", MB, dMA).permute(1, 0)
-            dLAMBDA = t_154.permute(1, 0)
-            t_156 = t_113[:, None] * dLAMBDA
-            t_157 = torch.einsum("uv, uv -> u", LAMBDA, dLAMBDA)
-            t_158 = t_157.mul_(t_113)
-            dWFAR = -t_158
-            dWP = t_156 + dWFAR[:, None]
+            t_151 = t_151_sums[..., :d]
+            t_154 = t_154_sums[..., :e].permute(0, 2, 1)
+            t_157 = t_157_sums
+            DFAR = t_143.permute(1, 0)
+            t_160 = DFAR.permute(1, 0)[:, :, None] * t_128
+            dDELTA = s * t_160.permute(1, 0, 2)
+            t_162 = dN.permute(1, 0, 2) * DFAR.permute(1, 0)[:, :, None]
+            t_163 = torch.einsum("uvw, vux -> vxw", s * t_162, DELTA).permute(0, 2, 1)
+            dMA = t_163.permute(0, 2, 1)
+            t_165 = torch.einsum("uvw, xvw -> xu", MB, dMA).permute(1, 0)
+            dLAMBDA = t_165.permute(1, 0)
+            t_167 = t_124[:, None] * dLAMBDA
+            t_168 = torch.einsum("uv, uv -> u", LAMBDA, dLAMBDA)
+            t_169 = t_168.mul_(t_124)
+            dWFAR = -t_169
+            dWP = t_167 + dWFAR[:, None]
             dZ = dWP * WP
-            t_162 = torch.einsum("uv, vw -> uw", dZ, KBAR)
-            t_163 = dDELTA.sum(1)
-            t_164 = torch.einsum("uv, uvw -> uw", dXI, CK)
-            dNP = t_143.permute(0, 2, 1)
-            t_166 = dXI[:, :, None] * MU[:, None, :]
-            dC = s * t_140
-            dCK = -s * t_166 + dC
-            dKP = dCK * t_101[:, :, None]
-            t_170 = t_108 * dWP
-            t_171 = t_170.masked_fill_(hidden, 0)
-            t_172 = torch.einsum("uvw, uvw -> uv", dCK, CK)
-            t_173 = t_172.mul_(t_101)
-            dDP = t_171 + t_146 - t_173
+            t_173 = torch.einsum("uv, vw -> uw", dZ, KBAR)
+            t_174 = dDELTA.sum(1)
+            t_175 = torch.einsum("uv, uvw -> uw", dXI, CK)
+            dNP = t_154.permute(0, 2, 1)
+            t_177 = dXI[:, :, None] * MU[:, None, :]
+            dC = s * t_151
+            dCK = -s * t_177 + dC
+            dKP = dCK * t_112[:, :, None]
+            t_181 = t_119 * dWP
+            t_182 = t_181.masked_fill_(hidden, 0)
+            t_183 = torch.einsum("uvw, uvw -> uv", dCK, CK)
+            t_184 = t_183.mul_(t_112)
+            dDP = t_182 + t_157 - t_184
             dMB = dMB + torch.einsum("uv, uwx -> vwx", LAMBDA, dMA)
-            t_178 = t_178 + torch.einsum("uv, uw -> vw", dZ, MU)
-            t_179 = t_179 + dC.sum(0)
+            t_189 = t_189 + torch.einsum("uv, uw -> vw", dZ, MU)
+            t_190 = t_190 + dC.sum(0)
             dNP_whole = whole(dNP)
             dKP_whole = whole(dKP)
             dDP_whole = whole(dDP)
-            t_188_sums = Q.new_zeros(slots, A, padded(d))
+            t_199_sums = Q.new_zeros(slots, A, padded(d))
             dKP_wide = wide(dKP)
             dNP_wide = wide(dNP)
             MU_wide = wide(MU)
-            call("key_tiles_3", (dNP_whole, V_packed, dKP_whole, KAPPA_packed, dDP_whole, OMEGA, KAPPA_wide, t_188_sums,
-                dKP_wide, t_191_sums, dNP_wide, t_194_sums, MU_wide, t_197_sums,), (slots, A, B, T_q, T_k,
+            call("key_tiles_3", (dNP_whole, V_packed, dKP_whole, KAPPA_packed, dDP_whole, OMEGA, KAPPA_wide, t_199_sums,
+                dKP_wide, t_202_sums, dNP_wide, t_205_sums, MU_wide, t_208_sums,), (slots, A, B, T_q, T_k,
                 dNP_whole.shape[-1], V_packed.shape[-2], dKP_whole.shape[-1], KAPPA_packed.shape[-2], KAPPA_wide.shape[-1],
-                t_188_sums.shape[-1], dKP_wide.shape[-1], t_191_sums.shape[-1], dNP_wide.shape[-1], t_194_sums.shape[-1],
-                MU_wide.shape[-1], t_197_sums.shape[-1],))
-            t_188 = t_188_sums.sum(0)[..., :d]
-            dMU = s * t_162 - t_163 - s * t_164 + s * t_188
-            t_200 = dMU[None, :, :] * W_Q.permute(1, 0)[:, :, None]
+                t_199_sums.shape[-1], dKP_wide.shape[-1], t_202_sums.shape[-1], dNP_wide.shape[-1], t_205_sums.shape[-1],
+                MU_wide.shape[-1], t_208_sums.shape[-1],))
+            t_199 = t_199_sums.sum(0)[..., :d]
+            dMU = s * t_173 - t_174 - s * t_175 + s * t_199
+            t_211 = dMU[None, :, :] * W_Q.permute(1, 0)[:, :, None]
             scaled_Q_whole = whole(s * LOG2E * Q)
             scaled_SHIFT_whole = whole(-1 * LOG2E * SHIFT)
             dN_whole = whole(dN)
             dD_whole = whole(dD)
-            t_215_sums = Q.new_zeros(A, T_q, padded(d))
+            t_226_sums = Q.new_zeros(A, T_q, padded(d))
             call("near_pairs_4", (scaled_Q_whole, K_packed, scaled_SHIFT_whole, dN_whole, V_packed, dD_whole, K_wide,
-                t_215_sums, Q_wide, t_217_sums, dN_wide, t_219_sums, first, column,), (slots, A, B, T_q, T_k,
+                t_226_sums, Q_wide, t_228_sums, dN_wide, t_230_sums, first, column,), (slots, A, B, T_q, T_k,
                 scaled_Q_whole.shape[-1], K_packed.shape[-2], dN_whole.shape[-1], V_packed.shape[-2], K_wide.shape[-1],
-                t_215_sums.shape[-1], Q_wide.shape[-1], t_217_sums.shape[-1], dN_wide.shape[-1], t_219_sums.shape[-1],))
-            t_215 = t_215_sums[..., :d].permute(1, 2, 0)
-            t_221 = dDELTA + s * t_135.permute(1, 0, 2) + t_200.permute(1, 0, 2) + s * t_215.permute(2, 0, 1)
-            outputs["dQ"][h, tiles] = t_221
-        t_176 = torch.einsum("uvw, uxw -> uxv", dMB, V).permute(1, 0, 2)
-        t_177 = t_176.mul_(W_K.permute(1, 0)[:, :, None])
-        t_180 = torch.einsum("uvw, uxv -> uxw", dMB, KAPPA).permute(1, 0, 2)
-        t_181 = t_180.mul_(W_K.permute(1, 0)[:, :, None])
-        t_191 = t_191_sums[..., :d].permute(1, 0, 2)
-        t_194 = t_194_sums[..., :e].permute(1, 0, 2)
-        t_197 = t_197_sums[..., :d].permute(1, 0, 2)
-        dKAPPA = t_177.permute(1, 0, 2) + t_191.permute(1, 0, 2) + s * t_197.permute(1, 0, 2)
-        t_202 = dKAPPA.sum(1)
-        dKBAR = s * t_178 + t_179 - t_202
-        t_204 = W_K.permute(1, 0)[:, :, None] * dKBAR[None, :, :]
-        t_217 = t_217_sums.sum(0)[..., :d].permute(1, 0, 2)
-        t_219 = t_219_sums.sum(0)[..., :e].permute(1, 0, 2)
-        t_222 = dKAPPA + t_204.permute(1, 0, 2) + s * t_217.permute(1, 0, 2)
-        t_223 = t_219.permute(1, 0, 2) + t_181.permute(1, 0, 2) + t_194.permute(1, 0, 2)
-        outputs["dK"][h] = t_222
-        outputs["dV"][h] = t_223
+                t_226_sums.shape[-1], Q_wide.shape[-1], t_228_sums.shape[-1], dN_wide.shape[-1], t_230_sums.shape[-1],))
+            t_226 = t_226_sums[..., :d].permute(1, 2, 0)
+            t_232 = dDELTA + s * t_146.permute(1, 0, 2) + t_211.permute(1, 0, 2) + s * t_226.permute(2, 0, 1)
+            outputs["dQ"][h, tiles] = t_232
+        t_187 = torch.einsum("uvw, uxw -> uxv", dMB, V).permute(1, 0, 2)
+        t_188 = t_187.mul_(W_K.permute(1, 0)[:, :, None])
+        t_191 = torch.einsum("uvw, uxv -> uxw", dMB, KAPPA).permute(1, 0, 2)
+        t_192 = t_191.mul_(W_K.permute(1, 0)[:, :, None])
+        t_202 = t_202_sums[..., :d].permute(1, 0, 2)
+        t_205 = t_205_sums[..., :e].permute(1, 0, 2)
+        t_208 = t_208_sums[..., :d].permute(1, 0, 2)
+        dKAPPA = t_188.permute(1, 0, 2) + t_202.permute(1, 0, 2) + s * t_208.permute(1, 0, 2)
+        t_213 = dKAPPA.sum(1)
+        dKBAR = s * t_189 + t_190 - t_213
+        t_215 = W_K.permute(1, 0)[:, :, None] * dKBAR[None, :, :]
+        t_228 = t_228_sums.sum(0)[..., :d].permute(1, 0, 2)
+        t_230 = t_230_sums.sum(0)[..., :e].permute(1, 0, 2)
+        t_233 = dKAPPA + t_215.permute(1, 0, 2) + s * t_228.permute(1, 0, 2)
+        t_234 = t_230.permute(1, 0, 2) + t_192.permute(1, 0, 2) + t_205.permute(1, 0, 2)
+        outputs["dK"][h] = t_233
+        outputs["dV"][h] = t_234
     return outputs

@@ -16,7 +16,7 @@ LOG2E = 1.4426950408889634
 SOURCE = r"""
 #include "polyattn_tiles.h"
 
-// tiles of keys: t_82, OMEGA
+// tiles of keys: Y, OMEGA
 extern "C" void key_tiles_1(void* const* tensor, const Size* size, const double* number) {
   const Size threads = size[0], A = size[1], B = size[2], T_q = size[3], T_k = size[4];
   const Size scaled_MU_whole_columns = size[5];
@@ -40,8 +40,8 @@ extern "C" void key_tiles_1(void* const* tensor, const Size* size, const double*
     for (Size b = 0; b < B; ++b) {
       for (Size row = 0; row < A; row += CHUNK) {
         const Size rows = std::min(CHUNK, A - row);
-        product(rows, lanes, [&](Vec t_82, Size at) {
-          const Vec OMEGA = exp2(t_82);
+        product(rows, lanes, [&](Vec Y, Size at) {
+          const Vec OMEGA = exp2(Y);
           store(OMEGA_tile + at, OMEGA);
         }, Columns{scaled_MU_whole_columns, scaled_MU_whole + row * scaled_MU_whole_columns, scaled_MU_whole_columns,
             KAPPA_packed + b * KAPPA_packed_columns * lanes});
@@ -61,17 +61,17 @@ extern "C" void query_tiles_2(void* const* tensor, const Size* size, const doubl
   const Size scaled_Q_packed_columns = size[5];
   const Size C_whole_columns = size[6];
   const Size NP_wide_columns = size[7];
-  const Size t_119_sums_columns = size[8];
+  const Size t_130_sums_columns = size[8];
   const Size lanes = padded(T_q);
   float* const scaled_Q_packed = static_cast<float*>(tensor[0]);  // [A, columns, lanes]
   float* const C_whole = static_cast<float*>(tensor[1]);  // [A, B, columns]
-  float* const scaled_t_96_whole = static_cast<float*>(tensor[2]);  // [A, B]
+  float* const scaled_t_107_whole = static_cast<float*>(tensor[2]);  // [A, B]
   float* const scaled_SHIFT_wide = static_cast<float*>(tensor[3]);  // [A, lanes]
   float* const off = static_cast<float*>(tensor[4]);  // [A, B]
   float* const DP_whole = static_cast<float*>(tensor[5]);  // [A, B]
-  float* const t_116_sums = static_cast<float*>(tensor[6]);  // [A, T_q]
+  float* const t_127_sums = static_cast<float*>(tensor[6]);  // [A, T_q]
   float* const NP_wide = static_cast<float*>(tensor[7]);  // [A, B, columns]
-  float* const t_119_sums = static_cast<float*>(tensor[8]);  // [A, T_q, columns]
+  float* const t_130_sums = static_cast<float*>(tensor[8]);  // [A, T_q, columns]
 #pragma omp parallel num_threads(threads)
   {
     Tile E_tile(T_q);
@@ -83,11 +83,11 @@ extern "C" void query_tiles_2(void* const* tensor, const Size* size, const doubl
           const Vec E = exp2(X);
           store(E_tile + at, E);
         }, Columns{C_whole_columns, C_whole + (a * B + row) * C_whole_columns, C_whole_columns, scaled_Q_packed + a *
-            scaled_Q_packed_columns * lanes}, Rows{scaled_t_96_whole + a * B + row, 1}, Lanes{scaled_SHIFT_wide + a *
+            scaled_Q_packed_columns * lanes}, Rows{scaled_t_107_whole + a * B + row, 1}, Lanes{scaled_SHIFT_wide + a *
             lanes}, Rows{off + a * B + row, 1});
-        sum_rows(rows, T_q, E_tile, DP_whole + a * B + row, 1, t_116_sums + a * T_q);
+        sum_rows(rows, T_q, E_tile, DP_whole + a * B + row, 1, t_127_sums + a * T_q);
         sum_rows(rows, T_q, E_tile, NP_wide_columns, NP_wide + (a * B + row) * NP_wide_columns, NP_wide_columns,
-            t_119_sums + a * T_q * t_119_sums_columns, t_119_sums_columns);
+            t_130_sums + a * T_q * t_130_sums_columns, t_130_sums_columns);
       }
     }
   }
@@ -99,14 +99,14 @@ extern "C" void near_pairs_3(void* const* tensor, const Size* size, const double
   const Size scaled_Q_whole_columns = size[5];
   const Size K_packed_columns = size[6];
   const Size V_wide_columns = size[7];
-  const Size t_131_sums_columns = size[8];
+  const Size t_142_sums_columns = size[8];
   const Size lanes = padded(T_k);
   float* const scaled_Q_whole = static_cast<float*>(tensor[0]);  // [A, T_q, columns]
   float* const K_packed = static_cast<float*>(tensor[1]);  // [B, columns, lanes]
   float* const scaled_SHIFT_whole = static_cast<float*>(tensor[2]);  // [A, T_q]
-  float* const t_129_sums = static_cast<float*>(tensor[3]);  // [A, T_q]
+  float* const t_140_sums = static_cast<float*>(tensor[3]);  // [A, T_q]
   float* const V_wide = static_cast<float*>(tensor[4]);  // [B, T_k, columns]
-  float* const t_131_sums = static_cast<float*>(tensor[5]);  // [A, T_q, columns]
+  float* const t_142_sums = static_cast<float*>(tensor[5]);  // [A, T_q, columns]
   const Size* const first = static_cast<Size*>(tensor[6]);
   const Size* const column = static_cast<Size*>(tensor[7]);
 #pragma omp parallel num_threads(threads)
@@ -124,9 +124,9 @@ extern "C" void near_pairs_3(void* const* tensor, const Size* size, const double
           }, Columns{scaled_Q_whole_columns, scaled_Q_whole + (a * T_q + row) * scaled_Q_whole_columns,
               scaled_Q_whole_columns, K_packed + b * K_packed_columns * lanes}, Rows{scaled_SHIFT_whole + a * T_q + row,
               1});
-          sum_lanes(rows, T_k, PN_tile, nullptr, t_129_sums + a * T_q + row, 1);
-          sum_lanes(rows, T_k, PN_tile, V_wide_columns, V_wide + b * T_k * V_wide_columns, V_wide_columns, t_131_sums +
-              (a * T_q + row) * t_131_sums_columns, t_131_sums_columns);
+          sum_lanes(rows, T_k, PN_tile, nullptr, t_140_sums + a * T_q + row, 1);
+          sum_lanes(rows, T_k, PN_tile, V_wide_columns, V_wide + b * T_k * V_wide_columns, V_wide_columns, t_142_sums +
+              (a * T_q + row) * t_142_sums_columns, t_142_sums_columns);
         }
       }
     }
@@ -175,9 +175,9 @@ def run(inputs, scalars, block, choose, call):
         KBAR = torch.einsum("uv, uvw -> uw", W_K, K)
         KAPPA = K - KBAR[:, None, :]
         V = inputs["V"][h]
-        t_74 = W_K.permute(1, 0)[:, :, None] * V.permute(1, 0, 2)
-        t_75 = torch.einsum("uvw, vux -> vxw", t_74, KAPPA).permute(0, 2, 1)
-        MB = t_75.permute(0, 2, 1)
+        t_85 = W_K.permute(1, 0)[:, :, None] * V.permute(1, 0, 2)
+        t_86 = torch.einsum("uvw, vux -> vxw", t_85, KAPPA).permute(0, 2, 1)
+        MB = t_86.permute(0, 2, 1)
         KAPPA_packed = packed(KAPPA)
         KAPPA_wide = wide(KAPPA)
         V_wide = wide(V)
@@ -188,7 +188,7 @@ def run(inputs, scalars, block, choose, call):
             W_Q = inputs["W_Q"][h, tiles]
             Q = inputs["Q"][h, tiles]
             MU = torch.einsum("uv, uvw -> uw", W_Q, Q)
-            t_77 = torch.einsum("uv, wv -> uw", MU, KBAR)
+            t_88 = torch.einsum("uv, wv -> uw", MU, KBAR)
             FLOOR = inputs["FLOOR"][h, tiles]
             DELTA = Q - MU[:, None, :]
             scaled_MU_whole = whole(s * LOG2E * MU)
@@ -201,8 +201,8 @@ def run(inputs, scalars, block, choose, call):
             DP = DP_sums
             KP = KP_sums[..., :d]
             NP = NP_sums[..., :e]
-            t_92 = DP.reciprocal()
-            CK = KP.mul_(t_92[:, :, None])
+            t_103 = DP.reciprocal()
+            CK = KP.mul_(t_103[:, :, None])
             chosen = choose(h, tiles, {"MU": MU, "KBAR": KBAR, "DP": DP, "CK": CK, "NP": NP})
             near, hidden = chosen["M_near"], ~chosen["M_far"]
             off = Q.new_zeros(hidden.shape).masked_fill_(hidden, torch.finfo(Q.dtype).min / 2)
@@ -210,49 +210,49 @@ def run(inputs, scalars, block, choose, call):
             column = near.nonzero()[:, 1].contiguous()
             SHIFT = chosen["SHIFT"] if "SHIFT" in chosen else inputs["SHIFT"][h, tiles]
             C = KBAR[None, :, :] + CK
-            t_96 = torch.einsum("uvw, uw -> uv", CK, -s * MU)
+            t_107 = torch.einsum("uvw, uw -> uv", CK, -s * MU)
             TOP = chosen["TOP"] if "TOP" in chosen else inputs["TOP"][h, tiles]
-            Z = s * t_77 - TOP[:, None]
-            t_99 = Z.exp_()
-            t_100 = t_99.masked_fill_(hidden, 0)
-            WP = t_100.mul_(DP)
-            t_102 = WP.sum(1)
-            WFAR = t_102 + FLOOR
-            t_104 = WFAR.reciprocal_()
-            LAMBDA = t_104[:, None] * WP
-            t_106 = torch.einsum("uvw, xu -> xvw", MB, LAMBDA).permute(1, 2, 0)
-            MA = t_106.permute(2, 0, 1)
-            t_108 = torch.einsum("uvw, uxv -> uxw", MA, DELTA).permute(1, 0, 2)
+            Z = s * t_88 - TOP[:, None]
+            t_110 = Z.exp_()
+            t_111 = t_110.masked_fill_(hidden, 0)
+            WP = t_111.mul_(DP)
+            t_113 = WP.sum(1)
+            WFAR = t_113 + FLOOR
+            t_115 = WFAR.reciprocal_()
+            LAMBDA = t_115[:, None] * WP
+            t_117 = torch.einsum("uvw, xu -> xvw", MB, LAMBDA).permute(1, 2, 0)
+            MA = t_117.permute(2, 0, 1)
+            t_119 = torch.einsum("uvw, uxv -> uxw", MA, DELTA).permute(1, 0, 2)
             scaled_Q_packed = packed(s * LOG2E * Q)
             C_whole = whole(C)
-            scaled_t_96_whole = whole(LOG2E * t_96)
+            scaled_t_107_whole = whole(LOG2E * t_107)
             scaled_SHIFT_wide = wide(-1 * LOG2E * SHIFT)
             DP_whole = whole(DP)
-            t_116_sums = Q.new_zeros(A, T_q)
+            t_127_sums = Q.new_zeros(A, T_q)
             NP_wide = wide(NP)
-            t_119_sums = Q.new_zeros(A, T_q, padded(e))
-            call("query_tiles_2", (scaled_Q_packed, C_whole, scaled_t_96_whole, scaled_SHIFT_wide, off, DP_whole,
-                t_116_sums, NP_wide, t_119_sums,), (threads, A, B, T_q, T_k, scaled_Q_packed.shape[-2], C_whole.shape[-1],
-                NP_wide.shape[-1], t_119_sums.shape[-1],))
-            t_116 = t_116_sums.permute(1, 0)
-            t_119 = t_119_sums[..., :e].permute(1, 0, 2)
-            DFAR = t_116.permute(1, 0)
-            NFAR = t_119.permute(1, 0, 2)
-            t_123 = t_108.mul_(DFAR.permute(1, 0)[:, :, None])
+            t_130_sums = Q.new_zeros(A, T_q, padded(e))
+            call("query_tiles_2", (scaled_Q_packed, C_whole, scaled_t_107_whole, scaled_SHIFT_wide, off, DP_whole,
+                t_127_sums, NP_wide, t_130_sums,), (threads, A, B, T_q, T_k, scaled_Q_packed.shape[-2], C_whole.shape[-1],
+                NP_wide.shape[-1], t_130_sums.shape[-1],))
+            t_127 = t_127_sums.permute(1, 0)
+            t_130 = t_130_sums[..., :e].permute(1, 0, 2)
+            DFAR = t_127.permute(1, 0)
+            NFAR = t_130.permute(1, 0, 2)
+            t_134 = t_119.mul_(DFAR.permute(1, 0)[:, :, None])
             scaled_Q_whole = whole(s * LOG2E * Q)
             scaled_SHIFT_whole = whole(-1 * LOG2E * SHIFT)
-            t_129_sums = Q.new_zeros(A, T_q)
-            t_131_sums = Q.new_zeros(A, T_q, padded(e))
-            call("near_pairs_3", (scaled_Q_whole, K_packed, scaled_SHIFT_whole, t_129_sums, V_wide, t_131_sums, first,
+            t_140_sums = Q.new_zeros(A, T_q)
+            t_142_sums = Q.new_zeros(A, T_q, padded(e))
+            call("near_pairs_3", (scaled_Q_whole, K_packed, scaled_SHIFT_whole, t_140_sums, V_wide, t_142_sums, first,
                 column,), (threads, A, B, T_q, T_k, scaled_Q_whole.shape[-1], K_packed.shape[-2], V_wide.shape[-1],
-                t_131_sums.shape[-1],))
-            t_129 = t_129_sums
-            t_131 = t_131_sums[..., :e].permute(1, 0, 2)
-            D = t_129 + DFAR
-            t_134 = D.reciprocal()
-            N = t_131.permute(1, 0, 2) + NFAR + s * t_123.permute(1, 0, 2)
-            t_136 = N.permute(1, 0, 2).mul_(t_134.permute(1, 0)[:, :, None])
-            OUT = t_136.permute(1, 0, 2)
+                t_142_sums.shape[-1],))
+            t_140 = t_140_sums
+            t_142 = t_142_sums[..., :e].permute(1, 0, 2)
+            D = t_140 + DFAR
+            t_145 = D.reciprocal()
+            N = t_142.permute(1, 0, 2) + NFAR + s * t_134.permute(1, 0, 2)
+            t_147 = N.permute(1, 0, 2).mul_(t_145.permute(1, 0)[:, :, None])
+            OUT = t_147.permute(1, 0, 2)
             outputs["O"][h, tiles] = OUT
             outputs["D"][h, tiles] = D
     return outputs

@@ -46,17 +46,17 @@ extern "C" void query_tiles_2(void* const* tensor, const Size* size, const doubl
   const Size scaled_Q_packed_columns = size[5];
   const Size C_whole_columns = size[6];
   const Size NP_wide_columns = size[7];
-  const Size t_100_sums_columns = size[8];
+  const Size t_111_sums_columns = size[8];
   const Size lanes = padded(T_q);
   float* const scaled_Q_packed = static_cast<float*>(tensor[0]);  // [A, columns, lanes]
   float* const C_whole = static_cast<float*>(tensor[1]);  // [A, B, columns]
-  float* const scaled_t_92_whole = static_cast<float*>(tensor[2]);  // [A, B]
+  float* const scaled_t_103_whole = static_cast<float*>(tensor[2]);  // [A, B]
   float* const scaled_SHIFT_wide = static_cast<float*>(tensor[3]);  // [A, lanes]
   float* const off = static_cast<float*>(tensor[4]);  // [A, B]
   float* const NP_wide = static_cast<float*>(tensor[5]);  // [A, B, columns]
-  float* const t_100_sums = static_cast<float*>(tensor[6]);  // [A, T_q, columns]
+  float* const t_111_sums = static_cast<float*>(tensor[6]);  // [A, T_q, columns]
   float* const DP_whole = static_cast<float*>(tensor[7]);  // [A, B]
-  float* const t_103_sums = static_cast<float*>(tensor[8]);  // [A, T_q]
+  float* const t_114_sums = static_cast<float*>(tensor[8]);  // [A, T_q]
 #pragma omp parallel num_threads(threads)
   {
     Tile E_tile(T_q);
@@ -68,11 +68,11 @@ extern "C" void query_tiles_2(void* const* tensor, const Size* size, const doubl
           const Vec E = exp2(X);
           store(E_tile + at, E);
         }, Columns{C_whole_columns, C_whole + (a * B + row) * C_whole_columns, C_whole_columns, scaled_Q_packed + a *
-            scaled_Q_packed_columns * lanes}, Rows{scaled_t_92_whole + a * B + row, 1}, Lanes{scaled_SHIFT_wide + a *
+            scaled_Q_packed_columns * lanes}, Rows{scaled_t_103_whole + a * B + row, 1}, Lanes{scaled_SHIFT_wide + a *
             lanes}, Rows{off + a * B + row, 1});
         sum_rows(rows, T_q, E_tile, NP_wide_columns, NP_wide + (a * B + row) * NP_wide_columns, NP_wide_columns,
-            t_100_sums + a * T_q * t_100_sums_columns, t_100_sums_columns);
-        sum_rows(rows, T_q, E_tile, DP_whole + a * B + row, 1, t_103_sums + a * T_q);
+            t_111_sums + a * T_q * t_111_sums_columns, t_111_sums_columns);
+        sum_rows(rows, T_q, E_tile, DP_whole + a * B + row, 1, t_114_sums + a * T_q);
       }
     }
   }
@@ -84,15 +84,15 @@ extern "C" void near_pairs_3(void* const* tensor, const Size* size, const double
   const Size scaled_Q_whole_columns = size[5];
   const Size K_packed_columns = size[6];
   const Size V_wide_columns = size[7];
-  const Size t_112_sums_columns = size[8];
+  const Size t_123_sums_columns = size[8];
   const Size lanes = padded(T_k);
   float* const scaled_Q_whole = static_cast<float*>(tensor[0]);  // [A, T_q, columns]
   float* const K_packed = static_cast<float*>(tensor[1]);  // [B, columns, lanes]
   float* const scaled_SHIFT_whole = static_cast<float*>(tensor[2]);  // [A, T_q]
   float* const scaled_LOG_B_wide = static_cast<float*>(tensor[3]);  // [B, lanes]
   float* const V_wide = static_cast<float*>(tensor[4]);  // [B, T_k, columns]
-  float* const t_112_sums = static_cast<float*>(tensor[5]);  // [A, T_q, columns]
-  float* const t_114_sums = static_cast<float*>(tensor[6]);  // [A, T_q]
+  float* const t_123_sums = static_cast<float*>(tensor[5]);  // [A, T_q, columns]
+  float* const t_125_sums = static_cast<float*>(tensor[6]);  // [A, T_q]
   const Size* const first = static_cast<Size*>(tensor[7]);
   const Size* const column = static_cast<Size*>(tensor[8]);
 #pragma omp parallel num_threads(threads)
@@ -110,9 +110,9 @@ extern "C" void near_pairs_3(void* const* tensor, const Size* size, const double
           }, Columns{scaled_Q_whole_columns, scaled_Q_whole + (a * T_q + row) * scaled_Q_whole_columns,
               scaled_Q_whole_columns, K_packed + b * K_packed_columns * lanes}, Rows{scaled_SHIFT_whole + a * T_q + row,
               1}, Lanes{scaled_LOG_B_wide + b * lanes});
-          sum_lanes(rows, T_k, PN_tile, V_wide_columns, V_wide + b * T_k * V_wide_columns, V_wide_columns, t_112_sums +
-              (a * T_q + row) * t_112_sums_columns, t_112_sums_columns);
-          sum_lanes(rows, T_k, PN_tile, nullptr, t_114_sums + a * T_q + row, 1);
+          sum_lanes(rows, T_k, PN_tile, V_wide_columns, V_wide + b * T_k * V_wide_columns, V_wide_columns, t_123_sums +
+              (a * T_q + row) * t_123_sums_columns, t_123_sums_columns);
+          sum_lanes(rows, T_k, PN_tile, nullptr, t_125_sums + a * T_q + row, 1);
         }
       }
     }
