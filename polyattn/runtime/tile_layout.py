@@ -7,7 +7,7 @@ groups share the tiles of their key head, and are told by their positions first.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from polyattn.passes.derive.forms import softmax
 from polyattn.passes.derive.kernels import Kernels, kernels
 from polyattn.rewriter.algebra import monomials
 from polyattn.rewriter.tiles.family import TiledFamily
-from polyattn.rewriter.tiles.near import NearPairs, Others
+from polyattn.rewriter.tiles.near import Moments, NearPairs, Others
 from polyattn.rewriter.tiles.tree import MULTIPLE, Cut, Seats, Shape, Tiles, descend, features, seat, tree
 from polyattn.runtime.exact import Grouped
 from polyattn.site_plan import SitePlan
@@ -96,6 +96,8 @@ class Layout:
     groups: int
     known: Known | None = None
     """Where the tiles of queries are those of earlier ones: then the last place of each holds their mean."""
+    moments: dict[int, Moments] = field(default_factory=dict)
+    """What choices of near pairs have found of the tiles of keys, by head."""
 
     @classmethod
     def of(cls, tensors: Grouped, plan: SitePlan, keep: torch.Tensor | None) -> Layout:
@@ -156,6 +158,7 @@ class Layout:
     def choice(self, plan: SitePlan, tau: torch.Tensor) -> NearPairs:
         """The choice of near pairs, with thresholds [H]."""
         made = NearPairs(self.q, self.k, self.v, self.share_q, self.share_k, plan.scale, tau)
+        made.moments = self.moments
         if self.known is not None:
             made.means, made.sigma = self.known.means[:, : self.known.count], self.known.sigma
             made.others, made.whole = self.known.others, self.known.whole
@@ -174,7 +177,8 @@ class Layout:
         q, k = (Tiles(tiles.index[heads], tiles.valid[heads], tiles.full) for tiles in (self.of_queries, self.of_keys))
         of_q, of_k, known = self.share_q[heads], self.share_k[heads], self.known
         known = None if known is None else known.some(heads)
-        return Layout(q, k, self.q[heads], self.k[heads], self.v[heads], of_q, of_k, self.groups, known)
+        moments = {at: self.moments[head] for at, head in enumerate(heads.tolist()) if head in self.moments}
+        return Layout(q, k, self.q[heads], self.k[heads], self.v[heads], of_q, of_k, self.groups, known, moments)
 
 
 def _shares(tiles: Tiles, dtype: torch.dtype) -> torch.Tensor:
