@@ -37,6 +37,24 @@ class Fused(NamedTuple):
     masked: bool
 
 
+class TileCosts(NamedTuple):
+    """Seconds of heads in tiles, in those of torch's fused exact attention of the same pairs.
+
+    Measured with d = 32 on a CPU of two cores; ``benchmarks/tile_costs.py`` measures them again.
+    """
+
+    near: float
+    """Of a near pair."""
+    far: float
+    """Of what there is for every token and tile, times 1 / T_q + 1 / T_k."""
+    fixed: float
+    """Of what there is for every head whatever its length, in pairs of tokens."""
+
+
+PLAIN = TileCosts(2.0, 11.0, 1.2e7)
+"""Of torch code."""
+
+
 class Target(abc.ABC):
     """Base of the targets; ``polyattn.codegen.targets.TARGETS`` lists them, the preferred one first."""
 
@@ -71,6 +89,10 @@ class Target(abc.ABC):
     def reset(self) -> None:
         """Forget which kernels have failed."""
         self._failed.clear()
+
+    def tile_costs(self, differentiated: bool, dtype: torch.dtype) -> TileCosts:
+        """What programs in tiles cost, of tensors of a dtype: forward alone, or forward and backward."""
+        return PLAIN
 
     @abc.abstractmethod
     def available(self, device: torch.device) -> bool:

@@ -81,6 +81,8 @@ class SitePlan:
     """Whether a call says which keys take part (key padding), for each batch element; others have the factor 0."""
     differentiated: bool = True
     """Whether gradients may be asked for: then their errors count too; of a form that does not check itself always."""
+    device: str = "cpu"
+    """The type of the site's device."""
 
     @classmethod
     def of(
@@ -135,6 +137,7 @@ class SitePlan:
             refusal,
             padding,
             differentiated or not mask.tiled,
+            device,
         )
 
     @classmethod

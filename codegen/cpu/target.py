@@ -19,7 +19,7 @@ from polyattn.codegen.cpu.plan import state_key
 from polyattn.codegen.phases import Choose
 from polyattn.codegen.spec import QUERY_SIDE, TOKENS, KernelSpec, letters
 from polyattn.codegen.tables import Scalars
-from polyattn.codegen.target import Fused, Target
+from polyattn.codegen.target import Fused, Target, TileCosts
 from polyattn.errors import EmitError, ScheduleError
 from polyattn.rewriter.algebra import monomials
 from polyattn.rewriter.algebra.monomials import Basis
@@ -177,6 +177,10 @@ class CPUTarget(Target):
     name = "cpu"
     tiles = True
     added_masks = True
+
+    def tile_costs(self, differentiated: bool, dtype: torch.dtype) -> TileCosts:
+        """See :meth:`Target.tile_costs`."""
+        return tiled.costs(differentiated, dtype)
 
     def available(self, device: torch.device) -> bool:
         """CPUs."""

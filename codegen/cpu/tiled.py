@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
+import shutil
 from collections.abc import Mapping
 
 import torch
@@ -15,12 +17,17 @@ from polyattn.codegen.cpu.near_tiles import TileWriter
 from polyattn.codegen.phases import Choose
 from polyattn.codegen.spec import KernelSpec
 from polyattn.codegen.tables import Scalars
+from polyattn.codegen.target import PLAIN, TileCosts
 from polyattn.errors import EmitError, ScheduleError
 
 log = logging.getLogger("polyattn")
 WIDER = 4
 """How many times as many tiles of queries C++ takes at a time as torch code, which has values for all of their keys in
 memory."""
+
+
+INFERENCE, TRAINING = TileCosts(0.75, 6.6, 1.0e7), TileCosts(0.77, 4.9, 7.6e6)
+"""Costs of C++."""
 
 
 @functools.cache
@@ -65,6 +72,24 @@ def unsupported(spec: KernelSpec) -> str | None:
     return str(written) if isinstance(written, EmitError) else None
 
 
+def costs(differentiated: bool, dtype: torch.dtype) -> TileCosts:
+    """See :meth:`polyattn.codegen.target.Target.tile_costs`."""
+    if dtype != torch.float32 or _failures or not _compiler():
+        return PLAIN
+    return TRAINING if differentiated else INFERENCE
+
+
+@functools.cache
+def _compiler() -> bool:
+    """Whether there seems to be a compiler; who compiles finds out."""
+    names = (os.environ.get("CXX"), "g++", "clang++", "c++")
+    return any(name and shutil.which(name) for name in names)
+
+
+_failures: set[str] = set()
+"""Why something was not compiled in this process."""
+
+
 @functools.cache
 def library(written: str) -> Library | None:
     """The compiled C++ of a file; None where it cannot be compiled, of which each reason is said once."""
@@ -75,8 +100,10 @@ def library(written: str) -> Library | None:
         return None
 
 
-@functools.cache
 def _say(reason: str) -> None:
+    if reason in _failures:
+        return
+    _failures.add(reason)
     log.warning("clustered attention runs as torch code on this CPU, which takes longer than C++: %s", reason)
 
 

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 
+from polyattn.codegen import targets
 from polyattn.runtime import tile_layout, tiled
 from polyattn.runtime.tile_check import Check, Errors
 from polyattn.site_plan import SitePlan
@@ -31,19 +32,21 @@ WORTH = 0.95
 """A site is exact where its heads together would take longer than this part of exact attention."""
 SEARCH, RETRIES = 5, 3
 """How many thresholds a first call tries, and a later one whose own does not hold."""
-NEAR_COST, FAR_COST, FIXED_COST = 2.0, 11.0, 1.2e7
-"""Seconds of a near pair, in those of a pair of exact attention; of what tiles cost, in those of exact attention times
-1/T_q + 1/T_k; and of what every head costs, in those of so many pairs. Measured with torch code on a CPU, d = 32."""
 
 
 Numbers = TypeVar("Numbers", float, torch.Tensor)
 
 
-def seconds(share: Numbers, plan: SitePlan, n_q: int, n_k: int) -> Numbers:
-    """Predicted seconds of heads of these shares of near pairs, in those of exact attention."""
+def seconds(share: Numbers, plan: SitePlan, n_q: int, n_k: int, dtype: torch.dtype = torch.float32) -> Numbers:
+    """Predicted seconds of heads of these shares of near pairs, in those of exact attention.
+
+    Args:
+        dtype: in which they are computed.
+    """
+    costs = targets.of_device(torch.device(plan.device)).tile_costs(plan.differentiated, dtype)
     family = tile_layout.family_of(plan)
     tiles = 1 / family.tile_width(n_q) + 1 / family.tile_width(n_k)
-    return share * NEAR_COST + FAR_COST * tiles + FIXED_COST / (n_q * n_k)
+    return share * costs.near + costs.far * tiles + costs.fixed / (n_q * n_k)
 
 
 def seconds_of_call(share: float, plan: SitePlan, n_q: int, n_k: int) -> float:

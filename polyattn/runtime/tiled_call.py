@@ -102,7 +102,7 @@ class Call:
         else:
             found = thresholds.again(check, kept)
         if self.options.policy == "auto":  # a head that is nearly worth it is asked again by the next call
-            seconds = thresholds.seconds(found.errors.share, self.plan, *step.block.shape)
+            seconds = thresholds.seconds(found.errors.share, self.plan, *step.block.shape, self.tau.dtype)
             found = found.exact_where(seconds >= 1, seconds >= thresholds.HOPELESS)
         self.found[at] = found
         return found.tau
@@ -126,7 +126,7 @@ class Call:
         cut = tiled.blocks_of(self.plan, n_q, n_k)
         total = torch.full_like(self.tau[:, 0], cut.own_pairs)
         for at, block in enumerate(cut.blocks):
-            each = thresholds.seconds(self.found[at].errors.share, self.plan, *block.shape)
+            each = thresholds.seconds(self.found[at].errors.share, self.plan, *block.shape, self.tau.dtype)
             total += torch.where(self.tau[:, at] > 0, each, 1.0) * block.pairs
         return float(total.mean()) / cut.pairs
 

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 from sites import only_state
+from sorts import tiles_pay
 from torch.utils.checkpoint import checkpoint
 
 import polyattn
 from polyattn.options import Options
 from polyattn.rewriter.families.registry import families
-from polyattn.runtime import policy, registry, thresholds
+from polyattn.runtime import policy, registry
 
 N, D = 2048, 8
 
@@ -20,8 +21,7 @@ N, D = 2048, 8
 @pytest.fixture(autouse=True)
 def _tiles_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if tiles paid at these lengths, as they do at longer ones."""
-    monkeypatch.setattr(thresholds, "FAR_COST", 1.0)
-    monkeypatch.setattr(thresholds, "FIXED_COST", 0.0)
+    tiles_pay(monkeypatch)
     registry.reset()
 
 
@@ -162,6 +162,6 @@ def test_a_form_that_is_not_tried_is_not_derived(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(policy, "costs", lambda shape, plan: asked.append(plan.family.name) or costs(shape, plan))
     call(operands(0.3))
     registry.reset()
-    monkeypatch.setattr(thresholds, "FIXED_COST", 1e9)
+    tiles_pay(monkeypatch, fixed=1e9)
     call([x[:, :, :64] for x in operands(0.3)])
     assert asked == ["polynomial", "polynomial"]

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from sites import only_state
-from sorts import LOW, call, exact, operands, relative, run
+from sorts import LOW, call, exact, operands, relative, run, tiles_pay
 
 import polyattn
 from polyattn.errors import OptionValueError
 from polyattn.options import Options
 from polyattn.rewriter.tiles.blocks import Blocks
-from polyattn.runtime import execute, policy, registry, thresholds, tile_check, tile_layout, tiled, tiled_call
+from polyattn.runtime import execute, policy, registry, tile_check, tile_layout, tiled, tiled_call
 from polyattn.runtime.tile_layout import Layout
 from polyattn.site_plan import SitePlan
 
@@ -198,8 +198,7 @@ def test_a_threshold_with_room_is_raised_for_the_next_call() -> None:
 
 def test_heads_are_judged_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """A head without structure is exact, the others are not: there is no verdict for a layer."""
-    monkeypatch.setattr(thresholds, "FAR_COST", 1.0)  # as if tiles paid at this length
-    monkeypatch.setattr(thresholds, "FIXED_COST", 0.0)
+    tiles_pay(monkeypatch)
     inputs = [x.detach() for x in operands(heads=4, kv_heads=4, n_q=1024, n_k=1024)]
     generator = torch.Generator().manual_seed(0)
     for x in inputs:
@@ -212,8 +211,7 @@ def test_heads_are_judged_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_exact_head_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(thresholds, "FAR_COST", 1.0)
-    monkeypatch.setattr(thresholds, "FIXED_COST", 0.0)
+    tiles_pay(monkeypatch)
     monkeypatch.setattr(tiled_call, "RECONSIDERED", 3)
     good = [x.detach() for x in operands(n_q=1024, n_k=1024)]
     bad = [x.clone() for x in good]
@@ -228,8 +226,7 @@ def test_an_exact_head_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_site_of_heads_without_structure_becomes_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(thresholds, "FAR_COST", 1.0)
-    monkeypatch.setattr(thresholds, "FIXED_COST", 0.0)
+    tiles_pay(monkeypatch)
     generator = torch.Generator().manual_seed(0)
     inputs = [2 * torch.randn(1, 2, 1024, 8, generator=generator) for _ in range(3)]
     out = run(inputs, policy="auto")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 import polyattn
+from polyattn.codegen.cpu.target import CPUTarget
+from polyattn.codegen.target import TileCosts
 from polyattn.runtime import registry
 
 LOW: dict[str, Any] = {"features": "clustered", "policy": "low_rank"}
@@ -66,3 +69,8 @@ def call(inputs: list[torch.Tensor], **options: Any) -> torch.Tensor:
     """One more call of it."""
     keywords = {name: options.pop(name) for name in ("key_mask", "scale", "causal") if name in options}
     return polyattn.attention(*inputs, options={**LOW, **options}, **keywords)
+
+
+def tiles_pay(monkeypatch: pytest.MonkeyPatch, near: float = 2.0, far: float = 1.0, fixed: float = 0.0) -> None:
+    """Let short calls in tiles cost as little as if they paid, or as is asked for."""
+    monkeypatch.setattr(CPUTarget, "tile_costs", lambda *_: TileCosts(near, far, fixed))
