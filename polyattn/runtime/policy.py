@@ -133,7 +133,7 @@ def _in_tiles(shape: Mapping[str, int], plan: SitePlan, options: Options) -> tup
             return plan, f"under a causal mask tiles need two segments of {plan.chunk} tokens"
     if options.policy == "auto":
         seconds = thresholds.seconds_of_call(TYPICAL_SHARE, plan, n_q, n_k)
-        if seconds >= 1:
+        if seconds >= (thresholds.WORTH if plan.mask.hides else thresholds.PROMISING):
             return plan, f"tiles would take {seconds:.2f} times as long as exact attention at this length"
     return plan, ""
 

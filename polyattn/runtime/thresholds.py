@@ -28,6 +28,8 @@ between a share that holds and one that does not at which a search ends, and the
 the next where there is room."""
 HOPELESS = 1.2
 """A head that would take so long, in seconds of exact attention, is left to exact attention for some calls."""
+PROMISING = 0.7
+"""A site, or a block of a causal one, is tried in tiles where it is predicted to take less than this part of it."""
 WORTH = 0.95
 """A site is exact where its heads together would take longer than this part of exact attention."""
 SEARCH, RETRIES = 5, 3
@@ -57,11 +59,17 @@ def seconds_of_call(share: float, plan: SitePlan, n_q: int, n_k: int) -> float:
 
 
 def worth(share: float, plan: SitePlan) -> int:
-    """Tokens of the smallest block that is faster in tiles, a power of two."""
+    """Tokens of the smallest block that promises to be faster in tiles, a power of two."""
     tokens = 16
-    while seconds(share, plan, tokens, tokens) >= 1:
+    while seconds(share, plan, tokens, tokens) >= PROMISING:
         tokens *= 2
     return tokens
+
+
+def most(plan: SitePlan, n_q: int, n_k: int, dtype: torch.dtype) -> float:
+    """The largest share of near pairs with which a head is faster than exact attention."""
+    alone = seconds(0.0, plan, n_q, n_k, dtype)
+    return max(LEAST_SHARE, min(MOST_SHARE, (1 - alone) / (seconds(1.0, plan, n_q, n_k, dtype) - alone)))
 
 
 @dataclass(frozen=True)
@@ -76,11 +84,27 @@ class Found:
         """The same with heads that are exact in the call, and in the next one."""
         return Found(self.tau.masked_fill(now, 0), self.following.masked_fill(following, 0), self.errors)
 
+    def among(self, heads: torch.Tensor, count: int) -> Found:
+        """The same of these heads of so many, the others of which are exact."""
+        if len(heads) == count:
+            return self
+        zero = self.tau.new_zeros(count)
 
-def search(check: Check) -> Found:
+        def wide(x: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
+            return (zero + fill).index_put((heads,), x.to(zero))
+
+        errors = self.errors
+        none = Errors(wide(errors.additive), wide(errors.relative), wide(errors.gradient), wide(errors.share, 1.0))
+        return Found(wide(self.tau), wide(self.following), none)
+
+
+def search(check: Check, most: float) -> Found:
     """Thresholds of a first call: without near pairs where that holds, else with few; 0 where that is not found.
 
     Errors do not grow as thresholds do, but as the share of the pairs that is far: the search is over shares.
+
+    Args:
+        most: the largest share of near pairs that is looked for.
     """
     plan = check.plan
     good, bad = check.means.new_ones(check.heads), check.means.new_zeros(check.heads)
@@ -95,12 +119,12 @@ def search(check: Check) -> Found:
         better = holds & (share < good)
         kept, best = torch.where(better, tau, kept), errors.where(better | (kept == 0), best)
         good, bad = torch.where(better, share, good), torch.where(holds, bad, torch.maximum(bad, share))
-        settled = (good == 0) | (better & (used > ROOM)) | (good < CLOSE * bad) | (bad >= MOST_SHARE)
+        settled = (good == 0) | (better & (used > ROOM)) | (good < CLOSE * bad) | (bad >= most)
         if not left or bool(settled.all()):
             break
         needed = bad * (without - AIM) / (without - used).clamp_min(1e-6)  # as if errors fell in a line
-        more = torch.maximum(needed, STEP * bad).clamp_max(MOST_SHARE)
-        more = torch.where(bad > 0, more, FIRST_SHARE)
+        more = torch.maximum(needed, STEP * bad).clamp_max(most)
+        more = torch.where(bad > 0, more, min(FIRST_SHARE, most))
         share = torch.where(good == 1, more, (bad.clamp_min(LEAST_SHARE) * good).sqrt())
         tau = torch.where(settled & (kept > 0), kept, check.thresholds(share))
         share = torch.where(settled, good, share)

@@ -11,9 +11,10 @@ are grouped as in :mod:`polyattn.runtime.tile_layout`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -52,22 +53,50 @@ class Step:
     before: tuple[torch.Tensor, torch.Tensor] | None = None
     """Outputs and logarithms of sums of its queries over keys that had their turn; None: there are none."""
 
+    _parts: list[tuple[torch.Tensor, Step]] = field(default_factory=list)
+    """Steps of some of the heads, whose tiles serve this one too."""
+
     @functools.cached_property
     def layout(self) -> Layout:
         """Tiles of all heads."""
-        return self.layouts(torch.arange(len(self.tensors[0]), device=self.tensors[0].device))
+        if self.past is None:
+            return Layout.of(self.tensors, self.plan, self.keep)
+        return Layout.after(self.past, self.tensors, self.plan, self.keep)
+
+    def some(self, heads: torch.Tensor) -> Step:
+        """The same of some heads, in order."""
+        if len(heads) == len(self.tensors[0]):
+            return self
+        found = next((step for known, step in self._parts if torch.equal(known, heads)), None)
+        if found is not None:
+            return found
+
+        def of(x: torch.Tensor | None) -> torch.Tensor | None:
+            return None if x is None else x[heads]
+
+        made = dataclasses.replace(
+            self,
+            tensors=(self.tensors[0][heads], self.tensors[1][heads], self.tensors[2][heads]),
+            keep=of(self.keep),
+            seen=self.seen[heads],
+            seen_k=self.seen_k[heads],
+            seen_keep=of(self.seen_keep),
+            past=None if self.past is None else Past(*(x[heads] for x in self.past)),
+            before=None if self.before is None else (self.before[0][heads], self.before[1][heads]),
+            _parts=[],
+        )
+        self._parts.append((heads, made))
+        return made
 
     def layouts(self, heads: torch.Tensor) -> Layout:
-        """Tiles of some heads, in order."""
-        everything = len(heads) == len(self.tensors[0])
-        if "layout" in self.__dict__:
-            return self.layout if everything else self.layout.some(heads)
-        some, keep, past = self.tensors, self.keep, self.past
-        if not everything:
-            some = some[0][heads], some[1][heads], some[2][heads]
-            keep = None if keep is None else keep[heads]
-            past = None if past is None else Past(*(x[heads] for x in past))
-        return Layout.of(some, self.plan, keep) if past is None else Layout.after(past, some, self.plan, keep)
+        """Tiles of some heads, in order: some of those that are there, where there are any."""
+        if len(heads) == len(self.tensors[0]) or "layout" in self.__dict__:
+            return self.layout if len(heads) == len(self.tensors[0]) else self.layout.some(heads)
+        for known, step in self._parts:
+            at = torch.searchsorted(known, heads).clamp_max(len(known) - 1)
+            if torch.equal(known[at], heads):
+                return step.layouts(at)
+        return self.some(heads).layout
 
 
 Thresholds = Callable[[Step], torch.Tensor]

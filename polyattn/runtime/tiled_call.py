@@ -96,16 +96,23 @@ class Call:
         first = THRESHOLD * self.options.tolerance
         if self.options.audit_rows == 0:
             return torch.full_like(self.tau[:, at], first) if kept is None else kept
-        check, number = Check(step, self.heads, self._generator(at)), self.record.number
-        if kept is None or (number is not None and number % RECONSIDERED == 0 and not bool(kept.all())):
-            found = thresholds.search(check)
-        else:
-            found = thresholds.again(check, kept)
-        if self.options.policy == "auto":  # a head that is nearly worth it is asked again by the next call
+        number = self.record.number
+        if kept is not None and number is not None and number % RECONSIDERED == 0 and not bool(kept.all()):
+            kept = None
+        low = torch.arange(self.heads, device=self.tau.device) if kept is None else kept.nonzero().squeeze(1)
+        if not len(low):  # every head is known to be exact
+            return torch.zeros_like(self.tau[:, at])
+        every = torch.arange(0, len(step.tensors[0]), self.heads, device=low.device)[:, None] + low
+        check = Check(step.some(every.flatten()), len(low), self._generator(at))
+        auto, most = self.options.policy == "auto", thresholds.MOST_SHARE
+        if auto:
+            most = thresholds.most(self.plan, *step.block.shape, self.tau.dtype)
+        found = thresholds.search(check, most) if kept is None else thresholds.again(check, kept[low])
+        if auto:  # a head that is nearly worth it is asked again by the next call
             seconds = thresholds.seconds(found.errors.share, self.plan, *step.block.shape, self.tau.dtype)
             found = found.exact_where(seconds >= 1, seconds >= thresholds.HOPELESS)
-        self.found[at] = found
-        return found.tau
+        self.found[at] = found.among(low, self.heads)
+        return self.found[at].tau
 
     def _generator(self, block: int) -> torch.Generator:
         what = self.record.number if block == 0 else f"{self.record.number}, block {block}"
@@ -126,6 +133,9 @@ class Call:
         cut = tiled.blocks_of(self.plan, n_q, n_k)
         total = torch.full_like(self.tau[:, 0], cut.own_pairs)
         for at, block in enumerate(cut.blocks):
+            if at not in self.found:
+                total += block.pairs
+                continue
             each = thresholds.seconds(self.found[at].errors.share, self.plan, *block.shape, self.tau.dtype)
             total += torch.where(self.tau[:, at] > 0, each, 1.0) * block.pairs
         return float(total.mean()) / cut.pairs

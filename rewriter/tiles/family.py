@@ -16,7 +16,7 @@ from polyattn.rewriter.tiles.tree import Shape
 
 THRESHOLD = 0.25
 """The first threshold of near pairs, in tolerances."""
-TYPICAL_SHARE = 0.06
+TYPICAL_SHARE = 0.15
 """The share of near pairs that costs are predicted with before a call has shown it."""
 
 

@@ -12,6 +12,7 @@ from sorts import call, exact, operands, relative, run
 
 from polyattn.options import Options
 from polyattn.rewriter.tiles.blocks import Blocks
+from polyattn.rewriter.tiles.family import TYPICAL_SHARE
 from polyattn.rewriter.tiles.near import NearPairs
 from polyattn.runtime import execute, policy, registry, thresholds, tile_layout, tiled, tiled_call
 from polyattn.site_plan import SitePlan
@@ -259,9 +260,8 @@ def test_under_auto_segments_are_as_long_as_pays() -> None:
     state = policy.decide(shape, plan, Options.make({"features": "clustered"}))
     assert state.low_rank
     length = state.decision.plan.chunk
-    share = 0.125
-    assert thresholds.seconds(share, plan, length, length) < 1
-    assert thresholds.seconds(share, plan, length // 2, length // 2) >= 1
+    assert thresholds.seconds(TYPICAL_SHARE, plan, length, length) < thresholds.PROMISING
+    assert thresholds.seconds(TYPICAL_SHARE, plan, length // 2, length // 2) >= thresholds.PROMISING
     assert state.decision.flops_after < 0.5 * state.decision.flops_before
 
 
