@@ -20,16 +20,18 @@ from polyattn.runtime.exact import ExactSoftmax
 from polyattn.runtime.tiled import Step
 from polyattn.site_plan import SitePlan
 
-TILES, ROWS, FEW = 16, 16, 4
-"""Tiles of a head that are looked at, and rows of each; of few tiles at least so many, else half of them."""
+ROWS, MOST_TILES, FEWEST_TILES = 256, 16, 4
+"""Rows of a head that are looked at, and tiles that they are of: an eighth of all, but no more and no fewer than so
+many."""
 NORM = 4
 """Tiles whose rows say how large dQ is over all keys that had their turn, where a block has only some of them."""
 OVER = 0.01
 """The part of the rows that may err by more than the additive tolerance."""
 ABOVE = 1.5
 """The threshold of heads that need no near pairs, in the largest score that was seen."""
-PART = 0.8
-"""The part of the tolerances of relative errors and of gradients that a head may use."""
+PART, GRADIENT_PART = 0.8, 0.65
+"""Parts of the relative tolerance and of that of gradients that a head may use in its check: so few rows tell the errors
+of all to about a fifth."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Errors:
         """The part of its tolerances that a head uses: at most 1 where it keeps them."""
         family = tile_layout.family_of(plan)
         relative = self.relative / (PART * family.relative_tolerance)
-        gradient = self.gradient / (PART * family.gradient_tolerance)
+        gradient = self.gradient / (GRADIENT_PART * family.gradient_tolerance)
         return torch.maximum(self.additive / family.tolerance, torch.maximum(relative, gradient))
 
     def where(self, which: torch.Tensor, other: Errors) -> Errors:
@@ -72,14 +74,14 @@ class Check:
         h, tiles, width, d = layout.q.shape
         known, held = layout.known, layout.of_queries.valid
         regular = tiles if known is None else known.count  # pairs of the others are all near
-        count = max(min(regular, FEW), min(TILES, regular // 2))
+        count = min(regular, max(FEWEST_TILES, min(MOST_TILES, regular // 8)))
         device = layout.q.device
         order = torch.rand(h, tiles, generator=generator).to(device)[:, :regular]
         order = order.masked_fill(~held.any(2)[:, :regular], -1)  # empty tiles last
         self.tiles = order.argsort(1, descending=True)[:, :count]  # [H, S]
         rows = torch.rand(h, count, width, generator=generator).to(device)
         held = self._of_tiles(held)
-        self._some = rows.masked_fill(~held, -1).argsort(2, descending=True)[:, :, : min(ROWS, width)]
+        self._some = rows.masked_fill(~held, -1).argsort(2, descending=True)[:, :, : min(ROWS // count, width)]
         self.valid = held.gather(2, self._some)
         if keep is not None:
             self.valid &= keep.any(1)[:, None, None]
