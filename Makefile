@@ -39,9 +39,9 @@ accuracy: $(STAMP) ## low-rank against exact attention on trained heads, write d
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[accuracy]'
 	$(BIN)/python benchmarks/accuracy.py $(or $(ACCURACY),--every 2) --write docs/accuracy.md
 
-heads: $(STAMP) ## every head of a pretrained encoder with default options beside torch's kernel, into README and docs/clustered.md (15 minutes)
+heads: $(STAMP) ## heads of a pretrained encoder with default options beside torch's kernel, into README and docs/clustered.md (10 minutes)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[accuracy]'
-	$(BIN)/python benchmarks/encoder_heads.py $(or $(HEADS),--tokens 4096 16384 --texts 5 --figure docs/images/near-pairs.png --write docs/clustered.md README.md)
+	$(BIN)/python benchmarks/encoder_heads.py $(or $(HEADS),--tokens 4096 16384 --texts 5 --every 3 --causal --figure docs/images/near-pairs.png --write docs/clustered.md README.md)
 
 training: $(STAMP) ## train a small model through each family, write docs/training.md
 	$(BIN)/python benchmarks/training.py --write docs/training.md

@@ -2,9 +2,9 @@
 
 python benchmarks/tile_costs.py [--tokens 4096 8192 16384 65536]     # 4 minutes; needs the extra accuracy
 
-Heads of the pretrained encoder of ``benchmarks/heads.py`` with thresholds at which no pair is near, and a fifth of them;
-whole calls, checks included, in turns with torch's kernel on the same tensors, forward alone and forward and backward.
-The constants (``TileCosts``) are fitted to the ratios with equal relative weights.
+Heads of the pretrained encoder of ``benchmarks/heads.py`` with thresholds at which no pair is near, and a fifth of
+them; whole calls, checks included, in turns with torch's kernel on the same tensors, forward alone and forward and
+backward. The constants (``TileCosts``) are fitted to the ratios with equal relative weights.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A head is within its tolerances where few rows of its check err by more than the additive one, and all of them together
 by less than the relative one, outputs and, where gradients may be asked for, dQ. A head that is not gets a lower
 threshold, at last 0, which is exact attention; one that has room gets a higher one at the next call. The first call of
-a site searches: most heads need no near pairs.
+a site searches: many heads need no near pairs.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ OVER = 0.01
 ABOVE = 1.5
 """The threshold of heads that need no near pairs, in the largest score that was seen."""
 PART, GRADIENT_PART = 0.8, 0.65
-"""Parts of the relative tolerance and of that of gradients that a head may use in its check: so few rows tell the errors
-of all to about a fifth."""
+"""Parts of the relative tolerance and of that of gradients that a head may use in its check: so few rows tell the
+errors of all to about a fifth."""
 
 
 @dataclass(frozen=True)
