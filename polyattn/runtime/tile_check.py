@@ -20,7 +20,7 @@ from polyattn.runtime.exact import ExactSoftmax
 from polyattn.runtime.tiled import Step
 from polyattn.site_plan import SitePlan
 
-ROWS, MOST_TILES, FEWEST_TILES = 256, 16, 4
+ROWS, MOST_TILES, FEWEST_TILES = 256, 32, 4
 """Rows of a head that are looked at, and tiles that they are of: an eighth of all, but no more and no fewer than so
 many."""
 NORM = 4
@@ -29,9 +29,8 @@ OVER = 0.01
 """The part of the rows that may err by more than the additive tolerance."""
 ABOVE = 1.5
 """The threshold of heads that need no near pairs, in the largest score that was seen."""
-PART, GRADIENT_PART = 0.8, 0.65
-"""Parts of the relative tolerance and of that of gradients that a head may use in its check: so few rows tell the
-errors of all to about a fifth."""
+PART, GRADIENT_PART = 0.9, 0.8
+"""Parts of the relative tolerance and of that of gradients that a head may use in its check."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,9 @@ class Errors:
     additive: torch.Tensor
     """The row error, in the additive unit, that no more than ``OVER`` of the rows exceed."""
     relative: torch.Tensor
+    """The relative error, a standard error over the tiles above what its square is found to be."""
     gradient: torch.Tensor
-    """The relative error of dQ; 0 where gradients are not asked for."""
+    """The same of dQ; 0 where gradients are not asked for."""
     share: torch.Tensor
     """The share of near pairs."""
 
@@ -202,8 +202,11 @@ class Check:
 
     def _relative(self, error2: torch.Tensor, size2: torch.Tensor) -> torch.Tensor:
         """Errors relative to sizes, from squares [H, S, R] of both: [heads]; inf where they are not finite."""
-        error, size = (self._by_head(x.masked_fill(~self.valid, 0)).sum(1) for x in (error2, size2))
-        made = (error / size.clamp_min(torch.finfo(size.dtype).tiny)).sqrt()
+        error, size = (self._by_head(x.masked_fill(~self.valid, 0).sum(2)) for x in (error2, size2))  # [heads, tiles]
+        whole, tiles = size.sum(1).clamp_min(torch.finfo(size.dtype).tiny), error.shape[1]
+        ratio = error.sum(1) / whole
+        spread = (error - ratio[:, None] * size).square().sum(1) * (tiles / max(tiles - 1, 1))
+        made = (ratio + spread.sqrt() / whole).sqrt()
         return torch.where(torch.isfinite(made), made, torch.inf)
 
     def thresholds(self, share: torch.Tensor) -> torch.Tensor:
