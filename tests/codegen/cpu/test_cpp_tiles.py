@@ -25,7 +25,7 @@ from polyattn.codegen.cpu.target import CPU
 from polyattn.codegen.phases import Choose
 from polyattn.codegen.reference import REFERENCE
 from polyattn.codegen.spec import KernelSpec
-from polyattn.codegen.target import Target
+from polyattn.codegen.target import PLAIN, Target
 from polyattn.errors import EmitError
 from polyattn.passes.derive.forms import softmax
 from polyattn.passes.derive.kernels import Kernels, kernels
@@ -200,8 +200,9 @@ def test_other_dtypes_run_as_torch_code(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.fixture
-def forgetful() -> Iterator[None]:
-    caches = (library.load, tiled.library, tiled._say)
+def forgetful(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    caches = (library.load, tiled.library)
+    monkeypatch.setattr(tiled, "_failures", set[str]())
     for cache in caches:
         cache.cache_clear()
     yield
@@ -227,6 +228,17 @@ def test_without_a_compiler_torch_code_runs_and_one_line_says_why(
         "clustered attention runs as torch code on this CPU, which takes longer than C++: "
         "there is no C++ compiler: none on this machine"
     ]
+    assert CPU.tile_costs(False, torch.float32) == PLAIN  # and it is known that tiles cost more
+
+
+def test_costs_are_those_of_the_code_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiled, "_failures", set[str]())
+    monkeypatch.setattr(tiled, "_compiler", lambda: True)
+    assert CPU.tile_costs(False, torch.float32).near < 1
+    assert CPU.tile_costs(True, torch.float32) != CPU.tile_costs(False, torch.float32)
+    assert CPU.tile_costs(False, torch.float64) == PLAIN
+    monkeypatch.setattr(tiled, "_compiler", lambda: False)
+    assert CPU.tile_costs(False, torch.float32) == PLAIN
 
 
 @pytest.mark.usefixtures("forgetful")
